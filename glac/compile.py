@@ -1,0 +1,232 @@
+"""Compile kernels ahead of time, on any machine, with a pinned assembler.
+
+Triton's own default assembler gives wrong results on Hopper for kernels like these (ptxas 12.8.93:
+errors of 0.4 and illegal memory accesses where 12.9.86 and 13.0.88 are right), so glac brings
+ptxas 12.9.86 and refuses older ones for sm_90a. Its cubins load on every driver for CUDA 12.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from glac.errors import CompileError, GlacError, MissingEnvironmentError
+from glac.generate import ast_source, import_triton
+from glac.gpus import ARCHS, GPUS
+from glac.kernelspec import KernelSpec
+
+PINNED_PTXAS = "12.9.86"
+OLDEST_HOPPER_PTXAS = (12, 9)
+DRIVER_FLOOR = {"12": 525, "13": 580}
+"""Oldest driver branch that loads a cubin of that assembler's major version."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What turns a template into machine code.
+
+    Attributes:
+        triton: version of the Triton compiler.
+        ptxas: version of the assembler.
+        ptxas_path: where it is (never recorded).
+    """
+
+    triton: str
+    ptxas: str
+    ptxas_path: Path
+
+    @property
+    def driver_floor(self) -> int:
+        return DRIVER_FLOOR.get(self.ptxas.split(".")[0], 580)
+
+    def to_dict(self) -> dict[str, str]:
+        return {"triton": self.triton, "ptxas": self.ptxas}
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """Machine code with the facts that are known without a GPU.
+
+    Attributes:
+        kernel: what was compiled.
+        cubin: the machine code.
+        sha256: of the cubin, in hex.
+        symbol: entry point.
+        shared: dynamic shared memory, bytes.
+        registers: per thread.
+        spill_bytes: stored to local memory because registers ran out.
+        scratch_bytes: global scratch per program (tensor descriptors), 0 for most kernels.
+    """
+
+    kernel: KernelSpec
+    cubin: bytes
+    sha256: str
+    symbol: str
+    shared: int
+    registers: int
+    spill_bytes: int
+    scratch_bytes: int
+    num_warps: int
+
+
+def _ptxas_version(path: Path) -> str:
+    try:
+        done = subprocess.run(
+            [str(path), "--version"], capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise MissingEnvironmentError(
+            f"the assembler {path} does not run ({error})",
+            hint="reinstall it: pip install --force-reinstall 'glac[build]'",
+        ) from None
+    found = re.search(r"V(\d+\.\d+\.\d+)", done.stdout)
+    if not found:
+        raise MissingEnvironmentError(f"{path} --version says no version: {done.stdout!r}")
+    return found.group(1)
+
+
+def _pinned_ptxas() -> Path | None:
+    try:
+        found = importlib.util.find_spec("nvidia.cuda_nvcc")
+    except ModuleNotFoundError:
+        return None
+    for root in (found.submodule_search_locations or []) if found else []:
+        path = Path(root) / "bin" / "ptxas"
+        if path.is_file():
+            return path
+    return None
+
+
+@functools.cache
+def toolchain(ptxas: str | None = None) -> Toolchain:
+    """The toolchain in use: installed Triton, and the pinned assembler or the one given.
+
+    Raises:
+        MissingEnvironmentError: Triton or the assembler is missing, or too old for Hopper.
+    """
+    triton = import_triton()
+    path = Path(ptxas) if ptxas else _pinned_ptxas()
+    if path is None:
+        raise MissingEnvironmentError(
+            f"the assembler ptxas {PINNED_PTXAS} is not installed",
+            hint="pip install 'glac[build]' brings it; or name another with --ptxas PATH",
+        )
+    version = _ptxas_version(path)
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_HOPPER_PTXAS:
+        raise MissingEnvironmentError(
+            f"ptxas {version} miscompiles Hopper kernels; at least 12.9 is needed ({path})",
+            hint=f"pip install nvidia-cuda-nvcc-cu12=={PINNED_PTXAS}",
+        )
+    return Toolchain(str(triton.__version__), version, path)
+
+
+def _resource_use(ptx: str, arch: str, ptxas: Path) -> tuple[int, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        done = subprocess.run(
+            [str(ptxas), "-v", f"-arch={arch}", str(source), "-o", os.devnull],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spill = re.search(r"(\d+) bytes spill stores", done.stderr)
+    if done.returncode or not registers or not spill:
+        raise CompileError(f"ptxas reports no resource use: {done.stderr.strip()[:400]}")
+    return int(registers.group(1)), int(spill.group(1))
+
+
+def compile_kernel(kernel: KernelSpec, tools: Toolchain | None = None) -> CompiledKernel:
+    """Compile one kernel for its arch, on this machine's CPU.
+
+    Raises:
+        CompileError: the compiler or assembler fails, or the kernel needs more shared memory
+            than its arch has.
+    """
+    tools = tools or toolchain()
+    triton = import_triton()
+    backends = importlib.import_module("triton.backends.compiler")
+    knobs = importlib.import_module("triton.knobs")
+    options = {
+        "num_warps": kernel.config.num_warps,
+        "num_stages": getattr(kernel.config, "num_stages", 1),
+        "enable_fp_fusion": True,
+    }
+    target = backends.GPUTarget("cuda", ARCHS[kernel.arch], 32)
+    try:
+        # Scoped: other libraries' kernels keep the assembler they chose.
+        with knobs.nvidia.scope():
+            knobs.nvidia.ptxas = str(tools.ptxas_path)
+            if hasattr(type(knobs.nvidia), "ptxas_blackwell"):
+                knobs.nvidia.ptxas_blackwell = str(tools.ptxas_path)
+            built = triton.compile(ast_source(kernel), target=target, options=options)
+    except GlacError:
+        raise
+    except Exception as error:
+        raise CompileError(
+            f"{kernel.name} does not compile: {type(error).__name__}: {str(error)[:600]}"
+        ) from error
+    meta = built.metadata
+    limit = max(g.shared_per_block for g in GPUS.values() if g.arch == kernel.arch)
+    if meta.shared > limit:
+        raise CompileError(
+            f"{kernel.name} needs {meta.shared} bytes of shared memory, {kernel.arch} has {limit}",
+            hint="fewer stages, a shorter chunk or a smaller block_v need less",
+        )
+    registers, spill = _resource_use(built.asm["ptx"], kernel.arch, tools.ptxas_path)
+    cubin = bytes(built.asm["cubin"])
+    return CompiledKernel(
+        kernel=kernel,
+        cubin=cubin,
+        sha256=hashlib.sha256(cubin).hexdigest(),
+        symbol=str(meta.name),
+        shared=int(meta.shared),
+        registers=registers,
+        spill_bytes=spill,
+        scratch_bytes=int(meta.global_scratch_size),
+        num_warps=int(meta.num_warps),
+    )
+
+
+def compile_many(
+    kernels: Iterable[KernelSpec],
+    jobs: int | None = None,
+    on_done: Callable[[KernelSpec, CompiledKernel | GlacError], None] | None = None,
+) -> dict[KernelSpec, CompiledKernel | GlacError]:
+    """Compile kernels in parallel. A kernel that fails maps to its error; the rest go on."""
+    todo: Sequence[KernelSpec] = list(dict.fromkeys(kernels))
+    tools = toolchain()
+    results: dict[KernelSpec, CompiledKernel | GlacError] = {}
+
+    def one(kernel: KernelSpec) -> CompiledKernel | GlacError:
+        try:
+            return compile_kernel(kernel, tools)
+        except GlacError as error:
+            return error
+
+    if not todo:
+        return results
+    # Threads suffice: the compiler releases the GIL and the assembler is a process.
+    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+        futures = {pool.submit(one, kernel): kernel for kernel in todo}
+        try:
+            for future in as_completed(futures):
+                kernel = futures[future]
+                results[kernel] = future.result()
+                if on_done:
+                    on_done(kernel, results[kernel])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {kernel: results[kernel] for kernel in todo}

@@ -1,0 +1,182 @@
+"""What a caller brings, and which part of it a kernel is compiled for.
+
+A *specialisation* is compile time: head dims, dtypes, gate kind. Batch, length, heads, strides,
+states and scale are run time, so a few hundred kernels serve everyone. A *bucket* is a coarse
+power-of-two view of the run-time sizes; it chooses a config and never decides correctness.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from typing import Any
+
+from glac.errors import ConfigError
+
+MAX_K = 256
+MAX_V = 512
+LOWRANK_RANKS = (8, 16, 32, 64)
+
+
+class DType(str, Enum):
+    """Element types of the input tensors."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self is DType.FP32 else 2
+
+
+class Gate(str, Enum):
+    """How the forget gate arrives: a dense ``[B, T, H, K]`` tensor, or a low-rank product."""
+
+    VECTOR = "vector"
+    LOWRANK = "lowrank"
+
+
+def strict_fields(cls: type, data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """``data`` if its keys are exactly the fields of dataclass ``cls``, else ``ConfigError``."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: wanted a mapping, got {type(data).__name__}")
+    names = {f.name for f in fields(cls)}
+    unknown = sorted(set(map(str, data)) - names)
+    missing = sorted(names - set(map(str, data)))
+    if unknown or missing:
+        parts = []
+        if unknown:
+            parts.append(f"unknown keys {unknown}")
+        if missing:
+            parts.append(f"missing keys {missing}")
+        raise ConfigError(
+            f"{where}: {' and '.join(parts)} in a {cls.__name__}",
+            hint=f"the keys are {sorted(names)}",
+        )
+    return dict(data)
+
+
+def strict_int(data: Mapping[str, Any], key: str, where: str) -> int:
+    value = data[key]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{where}: {key} must be an integer, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True, order=True)
+class Specialisation:
+    """The compile-time part of a problem.
+
+    Attributes:
+        K: key (and query, and gate) channels per head, 1..256.
+        V: value channels per head, 1..512.
+        dtype: of q, k, v and of the output.
+        gate: how the forget gate arrives.
+        gate_dtype: of the dense gate, or of the low-rank gate's bias: ``dtype`` or fp32.
+        rank: of the low-rank gate (8, 16, 32, 64), 0 for a dense one.
+    """
+
+    K: int
+    V: int
+    dtype: DType
+    gate: Gate
+    gate_dtype: DType
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.K <= MAX_K:
+            raise ConfigError(f"K must be in 1..{MAX_K}, got {self.K}")
+        if not 1 <= self.V <= MAX_V:
+            raise ConfigError(f"V must be in 1..{MAX_V}, got {self.V}")
+        if self.gate_dtype not in (self.dtype, DType.FP32):
+            raise ConfigError(
+                f"gate_dtype must be {self.dtype.value} or fp32, got {self.gate_dtype.value}"
+            )
+        if self.gate is Gate.LOWRANK and self.rank not in LOWRANK_RANKS:
+            raise ConfigError(f"rank must be one of {LOWRANK_RANKS}, got {self.rank}")
+        if self.gate is Gate.VECTOR and self.rank != 0:
+            raise ConfigError(f"a vector gate has rank 0, got {self.rank}")
+
+    @property
+    def slug(self) -> str:
+        """Readable part of kernel names, for example ``k128_v128_lowrank16_bf16``."""
+        gate = self.gate.value + (str(self.rank) if self.rank else "")
+        wide = "_gfp32" if self.gate_dtype is not self.dtype else ""
+        return f"k{self.K}_v{self.V}_{gate}_{self.dtype.value}{wide}"
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        for key in ("dtype", "gate", "gate_dtype"):
+            data[key] = data[key].value
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "specialisation") -> Specialisation:
+        d = strict_fields(cls, data, where)
+        try:
+            return cls(
+                K=strict_int(d, "K", where),
+                V=strict_int(d, "V", where),
+                dtype=DType(d["dtype"]),
+                gate=Gate(d["gate"]),
+                gate_dtype=DType(d["gate_dtype"]),
+                rank=strict_int(d, "rank", where),
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error.message}", hint=error.hint) from None
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+
+def _round_log2(value: int) -> int:
+    return math.floor(math.log2(value) + 0.5)
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """Rounded log2 of the number of heads in flight (B*H) and of the length (T)."""
+
+    bh: int
+    t: int
+
+    def distance(self, other: Bucket) -> int:
+        return abs(self.bh - other.bh) + abs(self.t - other.t)
+
+    def to_dict(self) -> dict[str, int]:
+        return {"bh": self.bh, "t": self.t}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "bucket") -> Bucket:
+        d = strict_fields(cls, data, where)
+        return cls(strict_int(d, "bh", where), strict_int(d, "t", where))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A specialisation with the run-time sizes."""
+
+    spec: Specialisation
+    B: int
+    T: int
+    H: int
+
+    @property
+    def bucket(self) -> Bucket:
+        return Bucket(_round_log2(self.B * self.H), _round_log2(self.T))
+
+    @property
+    def forward_bytes(self) -> int:
+        """Bytes that a forward pass must move: every input read once, the output written once."""
+        s = self.spec
+        token_heads = self.B * self.T * self.H
+        io = 2 * (s.K + s.V) * s.dtype.itemsize * token_heads
+        if s.gate is Gate.VECTOR:
+            return io + s.K * s.gate_dtype.itemsize * token_heads
+        per_head = (s.rank * s.dtype.itemsize + s.gate_dtype.itemsize) * s.K
+        return io + self.B * self.T * s.rank * s.dtype.itemsize + self.H * per_head
+
+    def __str__(self) -> str:
+        return f"B={self.B} T={self.T} H={self.H} {self.spec.slug}"

@@ -1,0 +1,1 @@
+"""Triton kernel templates, one kernel per file."""

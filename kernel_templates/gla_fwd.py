@@ -1,0 +1,229 @@
+"""Fused forward of gated linear attention: one program walks one segment of one head.
+
+    S_t = diag(exp g_t) S_{t-1} + k_t^T v_t,   o_t = scale * q_t S_t          (arXiv 2312.06635, eq. 4)
+
+in chunks of BT rows, anchored at the chunk's start (G = cumulative gate in the chunk, log2):
+
+    qh = scale * q * 2^G       kh = k * 2^-G
+    o  = tril(qh kh^T) v + qh S
+    S  = 2^Gend . (S + kh^T v)
+
+The anchor is in range while no channel decays by more than 2^-80 in a chunk. The fast loop only
+keeps the smallest Gend it has seen; if that left the range, the program does its segment again in
+16-row blocks that are exact for every gate, and overwrites what it wrote. So ordinary gates pay one
+[BK] minimum per chunk, and there is no branch in the loop (a branch there cost 13 %).
+
+| tensor | shape              | dtype            | layout                                        |
+|--------|--------------------|------------------|-----------------------------------------------|
+| q, k   | [B, T, H, K]       | io               | any b, t, h stride in units of UK, last dim 1 |
+| v      | [B, T, H, V]       | io               | likewise, units of UV                         |
+| g      | [B, T, H, K]       | io or fp32       | likewise (vector gate), natural log, <= 0     |
+| x      | [B, T, R]          | io               | contiguous (low-rank gate)                    |
+| w      | [H*K, R]           | io               | contiguous                                    |
+| bias   | [H*K]              | io or fp32       | contiguous, absent when has_bias == 0         |
+| o      | [B, T, H, V]       | io               | contiguous                                    |
+| h0     | [B, H, S, K, V]    | fp32             | contiguous, state at each segment's start     |
+| ht     | [B, H, K, V]       | fp32             | contiguous, state after the last token        |
+
+Grid: x = V tiles (fastest, they share q, k and g in L2) x S segments x B*H.
+"""
+
+import triton
+import triton.language as tl
+
+from ._exact import exact_block_cumulative, exact_scores
+from ._gate import cumulative_log2, lowrank_gate_log2
+
+START_RANGE_LOG2 = tl.constexpr(80.0)
+
+
+@triton.jit
+def gla_fwd(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    v,  # [B, T, H, V]
+    g,  # [B, T, H, K]
+    x,  # [B, T, R]
+    w,  # [H*K, R]
+    bias,  # [H*K]
+    o,  # [B, T, H, V]
+    h0,  # [B, H, S, K, V]
+    ht,  # [B, H, K, V]
+    scale,
+    inv_normalizer,
+    clamp_log2,
+    T,
+    H,
+    n_seg,
+    seg_len,
+    has_h0,
+    has_ht,
+    has_bias,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    g_b,
+    g_t,
+    g_h,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    R: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    UK: tl.constexpr,
+    UV: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    BX: tl.constexpr,
+    STAGES: tl.constexpr,
+    LOWRANK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    NV: tl.constexpr = (V + BV - 1) // BV
+    IO: tl.constexpr = v.dtype.element_ty
+    # fp16 tiles scaled by 2^G would leave fp16's range: they stay fp32 and multiply as TF32,
+    # which has fp16's mantissa.
+    COMPUTE: tl.constexpr = tl.bfloat16 if IO == tl.bfloat16 else tl.float32
+
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_s = (pid // NV) % n_seg
+    i_bh = pid // (NV * n_seg)
+    i_b = (i_bh // H).to(tl.int64)
+    i_h = i_bh % H
+
+    row = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_tri = row[:, None] >= row[None, :]
+
+    q += (i_b * q_b + i_h.to(tl.int64) * q_h) * UK
+    k += (i_b * k_b + i_h.to(tl.int64) * k_h) * UK
+    v += (i_b * v_b + i_h.to(tl.int64) * v_h) * UV
+    o += (i_b * T * H + i_h) * V
+    if LOWRANK:
+        o_r = tl.arange(0, BR)
+        m_r = o_r < R
+        x += i_b * T * R
+        p_w = (i_h * K + o_k)[None, :] * R + o_r[:, None]
+        b_w = tl.load(w + p_w, mask=m_k[None, :] & m_r[:, None], other=0.0)  # [BR, BK]
+        b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0).to(tl.float32)
+    else:
+        g += (i_b * g_b + i_h.to(tl.int64) * g_h) * UK
+
+    t_begin = i_s * seg_len
+    t_end = tl.minimum(t_begin + seg_len, T)
+    if TMA:
+        d_q = tl.make_tensor_descriptor(q, [T, K], [q_t.to(tl.int64) * UK, 1], [BT, BK])
+        d_k = tl.make_tensor_descriptor(k, [T, K], [k_t.to(tl.int64) * UK, 1], [BT, BK])
+        d_v = tl.make_tensor_descriptor(v, [T, V], [v_t.to(tl.int64) * UV, 1], [BT, BV])
+        d_o = tl.make_tensor_descriptor(o, [T, V], [H.to(tl.int64) * V, 1], [BT, BV])
+        if not LOWRANK:
+            d_g = tl.make_tensor_descriptor(g, [T, K], [g_t.to(tl.int64) * UK, 1], [BT, BK])
+
+    p_state = o_k[:, None] * V + o_v[None, :]
+    m_state = m_k[:, None] & m_v[None, :]
+    h0 += (i_bh * n_seg + i_s).to(tl.int64) * K * V
+    b_s = tl.load(h0 + p_state, mask=m_state & (has_h0 != 0), other=0.0)  # [BK, BV]
+
+    worst = tl.zeros([BK], dtype=tl.float32)
+    for t in tl.range(t_begin, t_end, BT, num_stages=STAGES):
+        m_t = t + row < T
+        t64 = t.to(tl.int64)
+        m_tk = m_t[:, None] & m_k[None, :] if BK != K else m_t[:, None]
+        m_tv = m_t[:, None] & m_v[None, :] if V % BV != 0 else m_t[:, None]
+        if LOWRANK:
+            p_x = row[:, None] * R + o_r[None, :]
+            b_x = tl.load(x + t64 * R + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
+            b_g = lowrank_gate_log2(
+                b_x, b_w, b_bias, inv_normalizer, clamp_log2, m_t, PRECISION
+            )
+        elif TMA:
+            b_g = d_g.load([t, 0])
+        else:
+            p_g = row[:, None] * (g_t * UK) + o_k[None, :]
+            b_g = tl.load(g + t64 * g_t * UK + p_g, mask=m_tk, other=0.0)
+        if TMA:
+            b_k = d_k.load([t, 0])
+            b_q = d_q.load([t, 0])
+            b_v = d_v.load([t, i_v * BV])
+        else:
+            p_k = row[:, None] * (k_t * UK) + o_k[None, :]
+            b_k = tl.load(k + t64 * k_t * UK + p_k, mask=m_tk, other=0.0)
+            p_q = row[:, None] * (q_t * UK) + o_k[None, :]
+            b_q = tl.load(q + t64 * q_t * UK + p_q, mask=m_tk, other=0.0)
+            p_v = row[:, None] * (v_t * UV) + o_v[None, :]
+            b_v = tl.load(v + t64 * v_t * UV + p_v, mask=m_tv, other=0.0)
+        b_v = b_v.to(COMPUTE)
+
+        b_cum = cumulative_log2(b_g, m_tri, LOWRANK, SPLIT)  # [BT, BK]
+        # The last row as a minimum: g <= 0 makes G fall along the chunk. (Summing g again costs a
+        # layout conversion of the whole tile: 266 us instead of 150 at 16,2048,8,128,128.)
+        b_end = tl.min(b_cum, 0)  # [BK]
+        worst = tl.minimum(worst, b_end)
+        qh = (b_q * (tl.exp2(b_cum) * scale)).to(COMPUTE)
+        kh = (b_k * tl.exp2(-b_cum)).to(COMPUTE)
+
+        b_o = tl.dot(qh, b_s.to(COMPUTE), input_precision=PRECISION)  # [BT, BV]
+        b_a = tl.dot(qh, tl.trans(kh), input_precision=PRECISION)  # [BT, BT]
+        b_s = tl.dot(tl.trans(kh), b_v, b_s, input_precision=PRECISION)
+        b_a = tl.where(m_tri, b_a, 0.0).to(COMPUTE)
+        b_o = tl.dot(b_a, b_v, b_o, input_precision=PRECISION)
+        b_s = b_s * tl.exp2(b_end)[:, None]
+        if TMA:
+            d_o.store([t, i_v * BV], b_o.to(IO))
+        else:
+            p_o = row[:, None] * (H * V) + o_v[None, :]
+            tl.store(o + t64 * H * V + p_o, b_o.to(IO), mask=m_tv)
+
+    # Written so that a NaN counts as out of range.
+    if not (tl.min(worst, 0) >= -START_RANGE_LOG2):
+        rowx = tl.arange(0, BX)
+        b_s = tl.load(h0 + p_state, mask=m_state & (has_h0 != 0), other=0.0)
+        for t in tl.range(t_begin, t_end, BX, num_stages=1):
+            m_t = t + rowx < T
+            t64 = t.to(tl.int64)
+            m_tk = m_t[:, None] & m_k[None, :]
+            m_tv = m_t[:, None] & m_v[None, :]
+            if LOWRANK:
+                p_x = rowx[:, None] * R + o_r[None, :]
+                b_x = tl.load(x + t64 * R + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
+                b_g = lowrank_gate_log2(
+                    b_x, b_w, b_bias, inv_normalizer, clamp_log2, m_t, PRECISION
+                )
+            else:
+                p_g = rowx[:, None] * (g_t * UK) + o_k[None, :]
+                b_g = tl.load(g + t64 * g_t * UK + p_g, mask=m_tk, other=0.0)
+            p_k = rowx[:, None] * (k_t * UK) + o_k[None, :]
+            b_k = tl.load(k + t64 * k_t * UK + p_k, mask=m_tk, other=0.0).to(tl.float32)
+            p_q = rowx[:, None] * (q_t * UK) + o_k[None, :]
+            b_q = tl.load(q + t64 * q_t * UK + p_q, mask=m_tk, other=0.0).to(tl.float32) * scale
+            p_v = rowx[:, None] * (v_t * UV) + o_v[None, :]
+            b_v = tl.load(v + t64 * v_t * UV + p_v, mask=m_tv, other=0.0).to(COMPUTE)
+
+            b_cum = exact_block_cumulative(b_g, LOWRANK)
+            b_end = tl.min(b_cum, 0)
+            b_a = exact_scores(b_q, b_k, b_cum, BX, COMPUTE, PRECISION)
+            b_a = tl.where(rowx[:, None] >= rowx[None, :], b_a, 0.0).to(COMPUTE)
+            qh = (b_q * tl.exp2(b_cum)).to(COMPUTE)
+            kh = (b_k * tl.exp2(b_end[None, :] - b_cum)).to(COMPUTE)
+            b_o = tl.dot(qh, b_s.to(COMPUTE), input_precision=PRECISION)
+            b_o = tl.dot(b_a, b_v, b_o, input_precision=PRECISION)
+            b_s = b_s * tl.exp2(b_end)[:, None]
+            b_s = tl.dot(tl.trans(kh), b_v, b_s, input_precision=PRECISION)
+            p_o = rowx[:, None] * (H * V) + o_v[None, :]
+            tl.store(o + t64 * H * V + p_o, b_o.to(IO), mask=m_tv)
+
+    if (has_ht != 0) & (i_s == n_seg - 1):
+        ht += i_bh.to(tl.int64) * K * V
+        tl.store(ht + p_state, b_s, mask=m_state)

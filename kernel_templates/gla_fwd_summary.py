@@ -1,0 +1,178 @@
+"""What one segment adds to the state, and how much it decays it.
+
+    C_j = sum_{t in segment j} 2^(Gend - G_t) . k_t^T v_t          d_j = Gend (log2, whole segment)
+
+with G the cumulative gate from the segment's start. Same chunks, range test and exact second pass
+as ``gla_fwd``, without the read-out. The last segment needs no summary.
+
+| tensor | shape           | dtype      | layout                                        |
+|--------|-----------------|------------|-----------------------------------------------|
+| k      | [B, T, H, K]    | io         | any b, t, h stride in units of UK, last dim 1 |
+| v      | [B, T, H, V]    | io         | likewise, units of UV                         |
+| g      | [B, T, H, K]    | io or fp32 | likewise (vector gate), natural log, <= 0     |
+| x      | [B, T, R]       | io         | contiguous (low-rank gate)                    |
+| w      | [H*K, R]        | io         | contiguous                                    |
+| bias   | [H*K]           | io or fp32 | contiguous, absent when has_bias == 0         |
+| states | [B, H, S, K, V] | fp32       | contiguous, C_j is written to slot j + 1      |
+| decay  | [B, H, S, K]    | fp32       | contiguous, d_j is written to row j           |
+
+Grid: x = V tiles (fastest) x (S - 1) segments x B*H.
+"""
+
+import triton
+import triton.language as tl
+
+from ._exact import exact_block_cumulative
+from ._gate import cumulative_log2, lowrank_gate_log2
+from .gla_fwd import START_RANGE_LOG2
+
+
+@triton.jit
+def gla_fwd_summary(
+    k,  # [B, T, H, K]
+    v,  # [B, T, H, V]
+    g,  # [B, T, H, K]
+    x,  # [B, T, R]
+    w,  # [H*K, R]
+    bias,  # [H*K]
+    states,  # [B, H, S, K, V]
+    decay,  # [B, H, S, K]
+    inv_normalizer,
+    clamp_log2,
+    T,
+    H,
+    n_seg,
+    seg_len,
+    has_bias,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    g_b,
+    g_t,
+    g_h,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    R: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    UK: tl.constexpr,
+    UV: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    BX: tl.constexpr,
+    STAGES: tl.constexpr,
+    LOWRANK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    NV: tl.constexpr = (V + BV - 1) // BV
+    COMPUTE: tl.constexpr = tl.bfloat16 if v.dtype.element_ty == tl.bfloat16 else tl.float32
+
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_s = (pid // NV) % (n_seg - 1)
+    i_bh = pid // (NV * (n_seg - 1))
+    i_b = (i_bh // H).to(tl.int64)
+    i_h = i_bh % H
+
+    row = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_tri = row[:, None] >= row[None, :]
+
+    k += (i_b * k_b + i_h.to(tl.int64) * k_h) * UK
+    v += (i_b * v_b + i_h.to(tl.int64) * v_h) * UV
+    if LOWRANK:
+        o_r = tl.arange(0, BR)
+        m_r = o_r < R
+        x += i_b * T * R
+        p_w = (i_h * K + o_k)[None, :] * R + o_r[:, None]
+        b_w = tl.load(w + p_w, mask=m_k[None, :] & m_r[:, None], other=0.0)  # [BR, BK]
+        b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0).to(tl.float32)
+    else:
+        g += (i_b * g_b + i_h.to(tl.int64) * g_h) * UK
+
+    t_begin = i_s * seg_len
+    t_end = tl.minimum(t_begin + seg_len, T)
+    if TMA:
+        d_k = tl.make_tensor_descriptor(k, [T, K], [k_t.to(tl.int64) * UK, 1], [BT, BK])
+        d_v = tl.make_tensor_descriptor(v, [T, V], [v_t.to(tl.int64) * UV, 1], [BT, BV])
+        if not LOWRANK:
+            d_g = tl.make_tensor_descriptor(g, [T, K], [g_t.to(tl.int64) * UK, 1], [BT, BK])
+
+    b_s = tl.zeros([BK, BV], dtype=tl.float32)
+    b_d = tl.zeros([BK], dtype=tl.float32)
+    worst = tl.zeros([BK], dtype=tl.float32)
+    for t in tl.range(t_begin, t_end, BT, num_stages=STAGES):
+        m_t = t + row < T
+        t64 = t.to(tl.int64)
+        m_tk = m_t[:, None] & m_k[None, :] if BK != K else m_t[:, None]
+        m_tv = m_t[:, None] & m_v[None, :] if V % BV != 0 else m_t[:, None]
+        if LOWRANK:
+            p_x = row[:, None] * R + o_r[None, :]
+            b_x = tl.load(x + t64 * R + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
+            b_g = lowrank_gate_log2(
+                b_x, b_w, b_bias, inv_normalizer, clamp_log2, m_t, PRECISION
+            )
+        elif TMA:
+            b_g = d_g.load([t, 0])
+        else:
+            p_g = row[:, None] * (g_t * UK) + o_k[None, :]
+            b_g = tl.load(g + t64 * g_t * UK + p_g, mask=m_tk, other=0.0)
+        if TMA:
+            b_k = d_k.load([t, 0])
+            b_v = d_v.load([t, i_v * BV])
+        else:
+            p_k = row[:, None] * (k_t * UK) + o_k[None, :]
+            b_k = tl.load(k + t64 * k_t * UK + p_k, mask=m_tk, other=0.0)
+            p_v = row[:, None] * (v_t * UV) + o_v[None, :]
+            b_v = tl.load(v + t64 * v_t * UV + p_v, mask=m_tv, other=0.0)
+
+        b_cum = cumulative_log2(b_g, m_tri, LOWRANK, SPLIT)  # [BT, BK]
+        b_end = tl.min(b_cum, 0)  # [BK]
+        worst = tl.minimum(worst, b_end)
+        b_d += b_end
+        kh = (b_k * tl.exp2(-b_cum)).to(COMPUTE)
+        b_s = tl.dot(tl.trans(kh), b_v.to(COMPUTE), b_s, input_precision=PRECISION)
+        b_s = b_s * tl.exp2(b_end)[:, None]
+
+    # Written so that a NaN counts as out of range.
+    if not (tl.min(worst, 0) >= -START_RANGE_LOG2):
+        rowx = tl.arange(0, BX)
+        b_s = tl.zeros([BK, BV], dtype=tl.float32)
+        b_d = tl.zeros([BK], dtype=tl.float32)
+        for t in tl.range(t_begin, t_end, BX, num_stages=1):
+            m_t = t + rowx < T
+            t64 = t.to(tl.int64)
+            m_tk = m_t[:, None] & m_k[None, :]
+            m_tv = m_t[:, None] & m_v[None, :]
+            if LOWRANK:
+                p_x = rowx[:, None] * R + o_r[None, :]
+                b_x = tl.load(x + t64 * R + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
+                b_g = lowrank_gate_log2(
+                    b_x, b_w, b_bias, inv_normalizer, clamp_log2, m_t, PRECISION
+                )
+            else:
+                p_g = rowx[:, None] * (g_t * UK) + o_k[None, :]
+                b_g = tl.load(g + t64 * g_t * UK + p_g, mask=m_tk, other=0.0)
+            p_k = rowx[:, None] * (k_t * UK) + o_k[None, :]
+            b_k = tl.load(k + t64 * k_t * UK + p_k, mask=m_tk, other=0.0)
+            p_v = rowx[:, None] * (v_t * UV) + o_v[None, :]
+            b_v = tl.load(v + t64 * v_t * UV + p_v, mask=m_tv, other=0.0)
+            b_cum = exact_block_cumulative(b_g, LOWRANK)
+            b_end = tl.min(b_cum, 0)
+            b_d += b_end
+            kh = (b_k * tl.exp2(b_end[None, :] - b_cum)).to(COMPUTE)
+            b_s = b_s * tl.exp2(b_end)[:, None]
+            b_s = tl.dot(tl.trans(kh), b_v.to(COMPUTE), b_s, input_precision=PRECISION)
+
+    i_bhs = i_bh.to(tl.int64) * n_seg + i_s
+    p_state = o_k[:, None] * V + o_v[None, :]
+    tl.store(states + (i_bhs + 1) * K * V + p_state, b_s, mask=m_k[:, None] & m_v[None, :])
+    tl.store(decay + i_bhs * K + o_k, b_d, mask=m_k & (i_v == 0))
