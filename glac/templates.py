@@ -68,7 +68,7 @@ TEMPLATES: dict[str, Template] = {
                 "q:*io k:*io v:*io g:*gate x:*io w:*io bias:*gate o:*io h0:*fp32 ht:*fp32 "
                 "scale:fp32 inv_normalizer:fp32 clamp_log2:fp32 T:i32 H:i32 n_seg:i32 seg_len:i32 "
                 "has_h0:i32 has_ht:i32 has_bias:i32 q_b:i32 q_t:i32 q_h:i32 k_b:i32 k_t:i32 "
-                "k_h:i32 v_b:i32 v_t:i32 v_h:i32 g_b:i32 g_t:i32 g_h:i32"
+                "k_h:i32 v_b:i32 v_t:i32 v_h:i32 g_b:i32 g_t:i32 g_h:i32 x_b:i32 x_t:i32"
             ),
             ("segments", "heads"),
         ),
@@ -78,7 +78,7 @@ TEMPLATES: dict[str, Template] = {
                 "k:*io v:*io g:*gate x:*io w:*io bias:*gate states:*fp32 decay:*fp32 "
                 "inv_normalizer:fp32 clamp_log2:fp32 T:i32 H:i32 n_seg:i32 seg_len:i32 "
                 "has_bias:i32 k_b:i32 k_t:i32 k_h:i32 v_b:i32 v_t:i32 v_h:i32 g_b:i32 g_t:i32 "
-                "g_h:i32"
+                "g_h:i32 x_b:i32 x_t:i32"
             ),
             ("segments_before_last", "heads"),
         ),
@@ -91,7 +91,7 @@ TEMPLATES: dict[str, Template] = {
 }
 
 _VECTOR_ONLY = frozenset({"g", "g_b", "g_t", "g_h"})
-_LOWRANK_ONLY = frozenset({"x", "w", "bias", "inv_normalizer", "clamp_log2", "has_bias"})
+_LOWRANK_ONLY = frozenset({"x", "w", "bias", "inv_normalizer", "clamp_log2", "has_bias", "x_b", "x_t"})
 
 
 def kernel_specialisation(template: str, spec: Specialisation) -> Specialisation:
@@ -139,6 +139,7 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
         "BR": max(16, spec.rank),
         "UK": stride_unit(spec.K),
         "UV": stride_unit(spec.V),
+        "UR": stride_unit(spec.rank) if lowrank else 1,
         "BT": config.chunk,
         "BV": config.block_v,
         "BX": EXACT_ROWS,

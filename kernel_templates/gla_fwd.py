@@ -18,7 +18,7 @@ keeps the smallest Gend it has seen; if that left the range, the program does it
 | q, k   | [B, T, H, K]       | io               | any b, t, h stride in units of UK, last dim 1 |
 | v      | [B, T, H, V]       | io               | likewise, units of UV                         |
 | g      | [B, T, H, K]       | io or fp32       | likewise (vector gate), natural log, <= 0     |
-| x      | [B, T, R]          | io               | contiguous (low-rank gate)                    |
+| x      | [B, T, R]          | io               | any b, t stride in units of UR (low-rank gate) |
 | w      | [H*K, R]           | io               | contiguous                                    |
 | bias   | [H*K]              | io or fp32       | contiguous, absent when has_bias == 0         |
 | o      | [B, T, H, V]       | io               | contiguous                                    |
@@ -71,6 +71,8 @@ def gla_fwd(
     g_b,
     g_t,
     g_h,
+    x_b,
+    x_t,
     K: tl.constexpr,
     V: tl.constexpr,
     R: tl.constexpr,
@@ -78,6 +80,7 @@ def gla_fwd(
     BR: tl.constexpr,
     UK: tl.constexpr,
     UV: tl.constexpr,
+    UR: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
     BX: tl.constexpr,
@@ -111,25 +114,31 @@ def gla_fwd(
     k += (i_b * k_b + i_h.to(tl.int64) * k_h) * UK
     v += (i_b * v_b + i_h.to(tl.int64) * v_h) * UV
     o += (i_b * T * H + i_h) * V
+    row_q = q_t.to(tl.int64) * UK
+    row_k = k_t.to(tl.int64) * UK
+    row_v = v_t.to(tl.int64) * UV
+    row_o = H.to(tl.int64) * V
     if LOWRANK:
         o_r = tl.arange(0, BR)
         m_r = o_r < R
-        x += i_b * T * R
+        x += i_b * x_b * UR
+        row_x = x_t.to(tl.int64) * UR
         p_w = (i_h * K + o_k)[None, :] * R + o_r[:, None]
         b_w = tl.load(w + p_w, mask=m_k[None, :] & m_r[:, None], other=0.0)  # [BR, BK]
         b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0).to(tl.float32)
     else:
         g += (i_b * g_b + i_h.to(tl.int64) * g_h) * UK
+        row_g = g_t.to(tl.int64) * UK
 
     t_begin = i_s * seg_len
     t_end = tl.minimum(t_begin + seg_len, T)
     if TMA:
-        d_q = tl.make_tensor_descriptor(q, [T, K], [q_t.to(tl.int64) * UK, 1], [BT, BK])
-        d_k = tl.make_tensor_descriptor(k, [T, K], [k_t.to(tl.int64) * UK, 1], [BT, BK])
-        d_v = tl.make_tensor_descriptor(v, [T, V], [v_t.to(tl.int64) * UV, 1], [BT, BV])
-        d_o = tl.make_tensor_descriptor(o, [T, V], [H.to(tl.int64) * V, 1], [BT, BV])
+        d_q = tl.make_tensor_descriptor(q, [T, K], [row_q, 1], [BT, BK])
+        d_k = tl.make_tensor_descriptor(k, [T, K], [row_k, 1], [BT, BK])
+        d_v = tl.make_tensor_descriptor(v, [T, V], [row_v, 1], [BT, BV])
+        d_o = tl.make_tensor_descriptor(o, [T, V], [row_o, 1], [BT, BV])
         if not LOWRANK:
-            d_g = tl.make_tensor_descriptor(g, [T, K], [g_t.to(tl.int64) * UK, 1], [BT, BK])
+            d_g = tl.make_tensor_descriptor(g, [T, K], [row_g, 1], [BT, BK])
 
     p_state = o_k[:, None] * V + o_v[None, :]
     m_state = m_k[:, None] & m_v[None, :]
@@ -139,12 +148,11 @@ def gla_fwd(
     worst = tl.zeros([BK], dtype=tl.float32)
     for t in tl.range(t_begin, t_end, BT, num_stages=STAGES):
         m_t = t + row < T
-        t64 = t.to(tl.int64)
         m_tk = m_t[:, None] & m_k[None, :] if BK != K else m_t[:, None]
         m_tv = m_t[:, None] & m_v[None, :] if V % BV != 0 else m_t[:, None]
         if LOWRANK:
-            p_x = row[:, None] * R + o_r[None, :]
-            b_x = tl.load(x + t64 * R + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
+            p_x = row[:, None] * (x_t * UR) + o_r[None, :]
+            b_x = tl.load(x + t * row_x + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
             b_g = lowrank_gate_log2(
                 b_x, b_w, b_bias, inv_normalizer, clamp_log2, m_t, PRECISION
             )
@@ -152,18 +160,18 @@ def gla_fwd(
             b_g = d_g.load([t, 0])
         else:
             p_g = row[:, None] * (g_t * UK) + o_k[None, :]
-            b_g = tl.load(g + t64 * g_t * UK + p_g, mask=m_tk, other=0.0)
+            b_g = tl.load(g + t * row_g + p_g, mask=m_tk, other=0.0)
         if TMA:
             b_k = d_k.load([t, 0])
             b_q = d_q.load([t, 0])
             b_v = d_v.load([t, i_v * BV])
         else:
             p_k = row[:, None] * (k_t * UK) + o_k[None, :]
-            b_k = tl.load(k + t64 * k_t * UK + p_k, mask=m_tk, other=0.0)
+            b_k = tl.load(k + t * row_k + p_k, mask=m_tk, other=0.0)
             p_q = row[:, None] * (q_t * UK) + o_k[None, :]
-            b_q = tl.load(q + t64 * q_t * UK + p_q, mask=m_tk, other=0.0)
+            b_q = tl.load(q + t * row_q + p_q, mask=m_tk, other=0.0)
             p_v = row[:, None] * (v_t * UV) + o_v[None, :]
-            b_v = tl.load(v + t64 * v_t * UV + p_v, mask=m_tv, other=0.0)
+            b_v = tl.load(v + t * row_v + p_v, mask=m_tv, other=0.0)
         b_v = b_v.to(COMPUTE)
 
         b_cum = cumulative_log2(b_g, m_tri, LOWRANK, SPLIT)  # [BT, BK]
@@ -184,7 +192,7 @@ def gla_fwd(
             d_o.store([t, i_v * BV], b_o.to(IO))
         else:
             p_o = row[:, None] * (H * V) + o_v[None, :]
-            tl.store(o + t64 * H * V + p_o, b_o.to(IO), mask=m_tv)
+            tl.store(o + t * row_o + p_o, b_o.to(IO), mask=m_tv)
 
     # Written so that a NaN counts as out of range.
     if not (tl.min(worst, 0) >= -START_RANGE_LOG2):
@@ -192,24 +200,23 @@ def gla_fwd(
         b_s = tl.load(h0 + p_state, mask=m_state & (has_h0 != 0), other=0.0)
         for t in tl.range(t_begin, t_end, BX, num_stages=1):
             m_t = t + rowx < T
-            t64 = t.to(tl.int64)
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
             if LOWRANK:
-                p_x = rowx[:, None] * R + o_r[None, :]
-                b_x = tl.load(x + t64 * R + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
+                p_x = rowx[:, None] * (x_t * UR) + o_r[None, :]
+                b_x = tl.load(x + t * row_x + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
                 b_g = lowrank_gate_log2(
                     b_x, b_w, b_bias, inv_normalizer, clamp_log2, m_t, PRECISION
                 )
             else:
                 p_g = rowx[:, None] * (g_t * UK) + o_k[None, :]
-                b_g = tl.load(g + t64 * g_t * UK + p_g, mask=m_tk, other=0.0)
+                b_g = tl.load(g + t * row_g + p_g, mask=m_tk, other=0.0)
             p_k = rowx[:, None] * (k_t * UK) + o_k[None, :]
-            b_k = tl.load(k + t64 * k_t * UK + p_k, mask=m_tk, other=0.0).to(tl.float32)
+            b_k = tl.load(k + t * row_k + p_k, mask=m_tk, other=0.0).to(tl.float32)
             p_q = rowx[:, None] * (q_t * UK) + o_k[None, :]
-            b_q = tl.load(q + t64 * q_t * UK + p_q, mask=m_tk, other=0.0).to(tl.float32) * scale
+            b_q = tl.load(q + t * row_q + p_q, mask=m_tk, other=0.0).to(tl.float32) * scale
             p_v = rowx[:, None] * (v_t * UV) + o_v[None, :]
-            b_v = tl.load(v + t64 * v_t * UV + p_v, mask=m_tv, other=0.0).to(COMPUTE)
+            b_v = tl.load(v + t * row_v + p_v, mask=m_tv, other=0.0).to(COMPUTE)
 
             b_cum = exact_block_cumulative(b_g, LOWRANK)
             b_end = tl.min(b_cum, 0)
@@ -222,7 +229,7 @@ def gla_fwd(
             b_s = b_s * tl.exp2(b_end)[:, None]
             b_s = tl.dot(tl.trans(kh), b_v, b_s, input_precision=PRECISION)
             p_o = rowx[:, None] * (H * V) + o_v[None, :]
-            tl.store(o + t64 * H * V + p_o, b_o.to(IO), mask=m_tv)
+            tl.store(o + t * row_o + p_o, b_o.to(IO), mask=m_tv)
 
     if (has_ht != 0) & (i_s == n_seg - 1):
         ht += i_bh.to(tl.int64) * K * V

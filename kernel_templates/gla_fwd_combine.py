@@ -39,9 +39,10 @@ def gla_fwd_combine(
 
     b_s = tl.load(h0 + i_bh * K * V + o_kv, mask=m_kv & (has_h0 != 0), other=0.0)  # [BLOCK]
     tl.store(states + o_kv, b_s, mask=m_kv)
-    for j in range(1, n_seg):
-        j64 = j.to(tl.int64)
-        b_d = tl.load(decay + (j64 - 1) * K + o_kv // V, mask=m_kv, other=0.0)
-        b_c = tl.load(states + j64 * K * V + o_kv, mask=m_kv, other=0.0)
+    for _ in range(1, n_seg):
+        states += K * V
+        b_d = tl.load(decay + o_kv // V, mask=m_kv, other=0.0)
+        b_c = tl.load(states + o_kv, mask=m_kv, other=0.0)
         b_s = b_s * tl.exp2(b_d) + b_c
-        tl.store(states + j64 * K * V + o_kv, b_s, mask=m_kv)
+        tl.store(states + o_kv, b_s, mask=m_kv)
+        decay += K

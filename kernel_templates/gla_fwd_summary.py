@@ -10,7 +10,7 @@ as ``gla_fwd``, without the read-out. The last segment needs no summary.
 | k      | [B, T, H, K]    | io         | any b, t, h stride in units of UK, last dim 1 |
 | v      | [B, T, H, V]    | io         | likewise, units of UV                         |
 | g      | [B, T, H, K]    | io or fp32 | likewise (vector gate), natural log, <= 0     |
-| x      | [B, T, R]       | io         | contiguous (low-rank gate)                    |
+| x      | [B, T, R]       | io         | any b, t stride in units of UR (low-rank gate) |
 | w      | [H*K, R]        | io         | contiguous                                    |
 | bias   | [H*K]           | io or fp32 | contiguous, absent when has_bias == 0         |
 | states | [B, H, S, K, V] | fp32       | contiguous, C_j is written to slot j + 1      |
@@ -53,6 +53,8 @@ def gla_fwd_summary(
     g_b,
     g_t,
     g_h,
+    x_b,
+    x_t,
     K: tl.constexpr,
     V: tl.constexpr,
     R: tl.constexpr,
@@ -60,6 +62,7 @@ def gla_fwd_summary(
     BR: tl.constexpr,
     UK: tl.constexpr,
     UV: tl.constexpr,
+    UR: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
     BX: tl.constexpr,
@@ -88,35 +91,38 @@ def gla_fwd_summary(
 
     k += (i_b * k_b + i_h.to(tl.int64) * k_h) * UK
     v += (i_b * v_b + i_h.to(tl.int64) * v_h) * UV
+    row_k = k_t.to(tl.int64) * UK
+    row_v = v_t.to(tl.int64) * UV
     if LOWRANK:
         o_r = tl.arange(0, BR)
         m_r = o_r < R
-        x += i_b * T * R
+        x += i_b * x_b * UR
+        row_x = x_t.to(tl.int64) * UR
         p_w = (i_h * K + o_k)[None, :] * R + o_r[:, None]
         b_w = tl.load(w + p_w, mask=m_k[None, :] & m_r[:, None], other=0.0)  # [BR, BK]
         b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0).to(tl.float32)
     else:
         g += (i_b * g_b + i_h.to(tl.int64) * g_h) * UK
+        row_g = g_t.to(tl.int64) * UK
 
     t_begin = i_s * seg_len
     t_end = tl.minimum(t_begin + seg_len, T)
     if TMA:
-        d_k = tl.make_tensor_descriptor(k, [T, K], [k_t.to(tl.int64) * UK, 1], [BT, BK])
-        d_v = tl.make_tensor_descriptor(v, [T, V], [v_t.to(tl.int64) * UV, 1], [BT, BV])
+        d_k = tl.make_tensor_descriptor(k, [T, K], [row_k, 1], [BT, BK])
+        d_v = tl.make_tensor_descriptor(v, [T, V], [row_v, 1], [BT, BV])
         if not LOWRANK:
-            d_g = tl.make_tensor_descriptor(g, [T, K], [g_t.to(tl.int64) * UK, 1], [BT, BK])
+            d_g = tl.make_tensor_descriptor(g, [T, K], [row_g, 1], [BT, BK])
 
     b_s = tl.zeros([BK, BV], dtype=tl.float32)
     b_d = tl.zeros([BK], dtype=tl.float32)
     worst = tl.zeros([BK], dtype=tl.float32)
     for t in tl.range(t_begin, t_end, BT, num_stages=STAGES):
         m_t = t + row < T
-        t64 = t.to(tl.int64)
         m_tk = m_t[:, None] & m_k[None, :] if BK != K else m_t[:, None]
         m_tv = m_t[:, None] & m_v[None, :] if V % BV != 0 else m_t[:, None]
         if LOWRANK:
-            p_x = row[:, None] * R + o_r[None, :]
-            b_x = tl.load(x + t64 * R + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
+            p_x = row[:, None] * (x_t * UR) + o_r[None, :]
+            b_x = tl.load(x + t * row_x + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
             b_g = lowrank_gate_log2(
                 b_x, b_w, b_bias, inv_normalizer, clamp_log2, m_t, PRECISION
             )
@@ -124,15 +130,15 @@ def gla_fwd_summary(
             b_g = d_g.load([t, 0])
         else:
             p_g = row[:, None] * (g_t * UK) + o_k[None, :]
-            b_g = tl.load(g + t64 * g_t * UK + p_g, mask=m_tk, other=0.0)
+            b_g = tl.load(g + t * row_g + p_g, mask=m_tk, other=0.0)
         if TMA:
             b_k = d_k.load([t, 0])
             b_v = d_v.load([t, i_v * BV])
         else:
             p_k = row[:, None] * (k_t * UK) + o_k[None, :]
-            b_k = tl.load(k + t64 * k_t * UK + p_k, mask=m_tk, other=0.0)
+            b_k = tl.load(k + t * row_k + p_k, mask=m_tk, other=0.0)
             p_v = row[:, None] * (v_t * UV) + o_v[None, :]
-            b_v = tl.load(v + t64 * v_t * UV + p_v, mask=m_tv, other=0.0)
+            b_v = tl.load(v + t * row_v + p_v, mask=m_tv, other=0.0)
 
         b_cum = cumulative_log2(b_g, m_tri, LOWRANK, SPLIT)  # [BT, BK]
         b_end = tl.min(b_cum, 0)  # [BK]
@@ -149,22 +155,21 @@ def gla_fwd_summary(
         b_d = tl.zeros([BK], dtype=tl.float32)
         for t in tl.range(t_begin, t_end, BX, num_stages=1):
             m_t = t + rowx < T
-            t64 = t.to(tl.int64)
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
             if LOWRANK:
-                p_x = rowx[:, None] * R + o_r[None, :]
-                b_x = tl.load(x + t64 * R + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
+                p_x = rowx[:, None] * (x_t * UR) + o_r[None, :]
+                b_x = tl.load(x + t * row_x + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
                 b_g = lowrank_gate_log2(
                     b_x, b_w, b_bias, inv_normalizer, clamp_log2, m_t, PRECISION
                 )
             else:
                 p_g = rowx[:, None] * (g_t * UK) + o_k[None, :]
-                b_g = tl.load(g + t64 * g_t * UK + p_g, mask=m_tk, other=0.0)
+                b_g = tl.load(g + t * row_g + p_g, mask=m_tk, other=0.0)
             p_k = rowx[:, None] * (k_t * UK) + o_k[None, :]
-            b_k = tl.load(k + t64 * k_t * UK + p_k, mask=m_tk, other=0.0)
+            b_k = tl.load(k + t * row_k + p_k, mask=m_tk, other=0.0)
             p_v = rowx[:, None] * (v_t * UV) + o_v[None, :]
-            b_v = tl.load(v + t64 * v_t * UV + p_v, mask=m_tv, other=0.0)
+            b_v = tl.load(v + t * row_v + p_v, mask=m_tv, other=0.0)
             b_cum = exact_block_cumulative(b_g, LOWRANK)
             b_end = tl.min(b_cum, 0)
             b_d += b_end

@@ -1,0 +1,211 @@
+"""Load cubins and launch them through the CUDA driver, with ctypes.
+
+ctypes is part of Python, imports in 2 ms and launches as fast as the alternatives: measured on a
+Hopper host (docs/performance.md, "Launch paths"). The driver library is opened on first use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from glac.errors import DriverError, MissingEnvironmentError, PackError
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has no current context yet
+_DEFAULT_SHARED = 48 * 1024
+_CODES = {"i32": ("i", 4), "fp32": ("f", 4)}
+
+
+@functools.cache
+def _library() -> Any:
+    for name in ("libcuda.so.1", "libcuda.so", "nvcuda.dll"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        if library.cuInit(0) == 0:
+            return library
+    raise MissingEnvironmentError(
+        "no CUDA driver with a working GPU",
+        hint="CPU tensors run through PyTorch; building and inspecting packs needs no GPU",
+    )
+
+
+def _check(code: int, what: str) -> None:
+    if code == 0:
+        return
+    name = ctypes.c_char_p()
+    _library().cuGetErrorName(code, ctypes.byref(name))
+    text = name.value.decode() if name.value else "unknown error"
+    raise DriverError(f"{what}: {text} ({code})")
+
+
+def driver_version() -> tuple[int, int]:
+    """CUDA version the installed driver supports, such as ``(12, 9)``."""
+    value = ctypes.c_int()
+    _check(_library().cuDriverGetVersion(ctypes.byref(value)), "cuDriverGetVersion")
+    return value.value // 1000, value.value % 1000 // 10
+
+
+def _enter_primary_context(device: int) -> None:
+    library, context = _library(), ctypes.c_void_p()
+    handle = ctypes.c_int()
+    _check(library.cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
+    _check(
+        library.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain"
+    )
+    _check(library.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
+def argument_format(kinds: Sequence[str]) -> str:
+    """``struct`` format of a kernel's parameter buffer: natural alignment, pointers as 8 bytes.
+
+    The compiler appends two pointers to every kernel, for global and for profiling scratch.
+    """
+    codes = "".join("Q" if kind.startswith("*") else _CODES[kind][0] for kind in kinds)
+    return f"@{codes}QQ"
+
+
+class DriverKernel:
+    """A loaded kernel, ready to launch on one device.
+
+    Args:
+        name: for messages.
+        cubin: machine code, already verified.
+        symbol: entry point.
+        kinds: run-time argument kinds in order, pointers first.
+        num_warps: warps per program.
+        shared: dynamic shared memory in bytes.
+        scratch_bytes: global scratch per program.
+        device: CUDA device index.
+
+    Raises:
+        PackError: the cubin does not load, or its parameters are not those of ``kinds``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cubin: bytes,
+        symbol: str,
+        kinds: Sequence[str],
+        num_warps: int,
+        shared: int,
+        scratch_bytes: int,
+        device: int,
+    ) -> None:
+        self.name = name
+        self.device = device
+        self.scratch_bytes = scratch_bytes
+        self.pointers = sum(kind.startswith("*") for kind in kinds)
+        self._pack = struct.Struct(argument_format(kinds)).pack
+        self._threads = ctypes.c_uint(32 * num_warps)
+        self._shared = ctypes.c_uint(shared)
+        self._one = ctypes.c_uint(1)
+        self._size = ctypes.c_size_t(struct.calcsize(argument_format(kinds)))
+        library = _library()
+        self._launch_kernel = library.cuLaunchKernel
+        self._cubin = cubin  # the driver may read it after the load call
+        module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
+        code = library.cuLibraryLoadData(
+            ctypes.byref(module), ctypes.c_char_p(cubin), None, None, 0, None, None, 0
+        )
+        if code:
+            raise PackError(
+                f"the driver refuses the machine code of {name} (error {code})",
+                hint="the pack may be for another GPU or need a newer driver: glac pack show",
+            )
+        _check(
+            library.cuLibraryGetKernel(ctypes.byref(kernel), module, symbol.encode()),
+            f"looking up {symbol} in {name}",
+        )
+        self._handle = kernel
+        self._check_parameters(library, kinds)
+        if shared > _DEFAULT_SHARED:
+            handle = ctypes.c_int()
+            _check(library.cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
+            _check(
+                library.cuKernelSetAttribute(_MAX_DYNAMIC_SHARED, shared, kernel, handle),
+                f"reserving {shared} bytes of shared memory for {name}",
+            )
+
+    def _check_parameters(self, library: Any, kinds: Sequence[str]) -> None:
+        try:
+            info = library.cuKernelGetParamInfo
+        except AttributeError:  # drivers before CUDA 12.4 cannot tell
+            return
+        sizes = [8 if kind.startswith("*") else _CODES[kind][1] for kind in kinds] + [8, 8]
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        found = []
+        for index in range(len(sizes) + 1):
+            if info(self._handle, ctypes.c_size_t(index), ctypes.byref(offset), ctypes.byref(size)):
+                break
+            found.append(size.value)
+        if found != sizes:
+            raise PackError(
+                f"{self.name} takes parameters of {found} bytes, its manifest says {sizes}",
+                hint="the pack is damaged or from another glac version; rebuild it: glac build",
+            )
+
+    def launch(self, values: Sequence[Any], grid: int, stream: int, scratch: int = 0) -> None:
+        """Launch ``grid`` programs on a raw stream handle.
+
+        Args:
+            values: one per argument; pointers are addresses (0 for absent).
+            grid: number of programs.
+            stream: ``CUstream`` as an integer.
+            scratch: address of ``grid * scratch_bytes`` bytes of device memory.
+        """
+        # A buffer per call: ctypes drops the GIL while the driver reads it.
+        buffer = self._pack(*values, scratch, 0)
+        size = self._size
+        extra = (ctypes.c_void_p * 5)(
+            1,  # CU_LAUNCH_PARAM_BUFFER_POINTER
+            ctypes.cast(buffer, ctypes.c_void_p),
+            2,  # CU_LAUNCH_PARAM_BUFFER_SIZE
+            ctypes.addressof(size),
+            0,  # CU_LAUNCH_PARAM_END
+        )
+        one = self._one
+        args = (
+            self._handle,
+            ctypes.c_uint(grid),
+            one,
+            one,
+            self._threads,
+            one,
+            one,
+            self._shared,
+            ctypes.c_void_p(stream),
+            None,
+            extra,
+        )
+        code = self._launch_kernel(*args)
+        if code == _INVALID_CONTEXT:
+            _enter_primary_context(self.device)
+            code = self._launch_kernel(*args)
+        if code:
+            _check(code, f"launching {self.name} with a grid of {grid}")
+
+
+class KernelCache:
+    """Kernels by (cubin hash, symbol, device): each loaded once per process, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kernels: dict[tuple[str, str, int], DriverKernel] = {}
+
+    def get(self, key: tuple[str, str, int], load: Any) -> DriverKernel:
+        """The kernel of ``key``, made by ``load()`` if this is its first use."""
+        found = self._kernels.get(key)
+        if found is None:
+            with self._lock:
+                found = self._kernels.get(key)
+                if found is None:
+                    found = self._kernels[key] = load()
+        return found

@@ -1,0 +1,65 @@
+"""Everything glac reads from the environment, and nothing else does.
+
+| variable           | meaning                                                        | default           |
+|--------------------|----------------------------------------------------------------|-------------------|
+| GLAC_REQUIRE_AOT   | 1: a problem without a pack kernel is an error, nothing is built | 0               |
+| GLAC_PACK_PATH     | folders with packs, searched first                             | empty             |
+| GLAC_CACHE_DIR     | where ``glac build`` and build-on-miss put packs               | user cache folder |
+| GLAC_CHECKED       | 1: check gate values on every call (synchronises the device)   | 0                 |
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from glac.errors import ConfigError
+
+
+def _flag(name: str) -> bool:
+    raw = os.environ.get(name, "").strip().lower()
+    if raw in ("", "0", "false", "no", "off"):
+        return False
+    if raw in ("1", "true", "yes", "on"):
+        return True
+    raise ConfigError(f"{name} must be 0 or 1, got {raw!r}", hint=f"export {name}=1, or unset it")
+
+
+def _cache_dir() -> Path:
+    raw = os.environ.get("GLAC_CACHE_DIR")
+    if raw:
+        return Path(raw).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "glac"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A snapshot of the environment; see the module docstring for each field's variable."""
+
+    require_aot: bool
+    pack_path: tuple[Path, ...]
+    cache_dir: Path
+    checked: bool
+
+    @property
+    def build_dir(self) -> Path:
+        """Where ``glac build`` writes by default; searched after ``pack_path``."""
+        return self.cache_dir / "packs"
+
+    @property
+    def miss_dir(self) -> Path:
+        """Where kernels built on a miss are kept."""
+        return self.cache_dir / "on-miss"
+
+
+def load_settings() -> Settings:
+    """Read the environment.
+
+    Raises:
+        ConfigError: a variable has a value that means nothing.
+    """
+    raw = os.environ.get("GLAC_PACK_PATH", "")
+    paths = tuple(Path(p).expanduser() for p in raw.split(os.pathsep) if p)
+    return Settings(_flag("GLAC_REQUIRE_AOT"), paths, _cache_dir(), _flag("GLAC_CHECKED"))
