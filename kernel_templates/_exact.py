@@ -13,7 +13,7 @@ fp32, with exponents clamped to <= 0.
 import triton
 import triton.language as tl
 
-from ._gate import STEP_MIN_LOG2
+from glac.kernel_templates._gate import STEP_MIN_LOG2
 
 MIDPOINT_RANGE_LOG2 = tl.constexpr(128.0)
 

@@ -31,8 +31,8 @@ Grid: x = V tiles (fastest, they share q, k and g in L2) x S segments x B*H.
 import triton
 import triton.language as tl
 
-from ._exact import exact_block_cumulative, exact_scores
-from ._gate import cumulative_log2, lowrank_gate_log2
+from glac.kernel_templates._exact import exact_block_cumulative, exact_scores
+from glac.kernel_templates._gate import cumulative_log2, lowrank_gate_log2
 
 START_RANGE_LOG2 = tl.constexpr(80.0)
 

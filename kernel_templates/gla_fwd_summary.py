@@ -22,9 +22,9 @@ Grid: x = V tiles (fastest) x (S - 1) segments x B*H.
 import triton
 import triton.language as tl
 
-from ._exact import exact_block_cumulative
-from ._gate import cumulative_log2, lowrank_gate_log2
-from .gla_fwd import START_RANGE_LOG2
+from glac.kernel_templates._exact import exact_block_cumulative
+from glac.kernel_templates._gate import cumulative_log2, lowrank_gate_log2
+from glac.kernel_templates.gla_fwd import START_RANGE_LOG2
 
 
 @triton.jit

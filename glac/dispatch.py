@@ -1,0 +1,345 @@
+"""Which kernel serves a problem: packs first, then a build on the spot, then PyTorch.
+
+A *hit* is a row whose specialisation matches; among hits the nearest bucket wins. Rows of the
+device's own model come before rows of its relatives. Decisions are made once per problem and
+device, kept, and logged once at INFO.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import threading
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from glac.configs import ForwardConfig, default_forward
+from glac.errors import GlacError, KernelNotFoundError, PackError
+from glac.forward import ForwardPlan
+from glac.gpus import ARCHS, GPUS, RELATIVES, GpuSpec, match_gpu
+from glac.pack import Pack, PackRow, read_pack
+from glac.problem import Bucket, Problem
+from glac.settings import Settings, load_settings
+
+log = logging.getLogger("glac")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a problem is served.
+
+    Attributes:
+        provider: ``pack``, ``build`` (compiled on a miss) or ``torch``.
+        config: the kernels' config, ``None`` for PyTorch.
+        config_id: its slug, or ``torch-chunk``.
+        cubin_sha: SHA-256 of the main kernel's machine code, empty for PyTorch.
+        kernels: template name to kernel name.
+        path: of the pack, empty for PyTorch.
+        reason: one line on why.
+        tried: what was looked at before, one line each.
+    """
+
+    provider: str
+    config: ForwardConfig | None
+    config_id: str
+    cubin_sha: str
+    kernels: dict[str, str]
+    path: str
+    reason: str
+    tried: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Stats:
+    """Counters since the process started (or ``reset``).
+
+    Attributes:
+        decisions: problems resolved, by provider.
+        compiled: kernels compiled at run time; 0 is what a serving process wants to see.
+    """
+
+    decisions: dict[str, int] = field(default_factory=dict)
+    compiled: int = 0
+
+
+_lock = threading.RLock()
+_stats = Stats()
+_plans: dict[tuple[Problem, int], tuple[Decision, ForwardPlan | None]] = {}
+
+
+def stats() -> Stats:
+    """Counters of what dispatch did so far."""
+    return Stats(dict(_stats.decisions), _stats.compiled)
+
+
+def clear() -> None:
+    """Forget every decision and pack listing, for example after a new pack was built."""
+    with _lock:
+        _plans.clear()
+        _stats.decisions.clear()
+        _stats.compiled = 0
+        installed_packs.cache_clear()
+
+
+def shipped_pack_dir() -> Path:
+    """Packs inside the installed package."""
+    return Path(__file__).parent / "packs"
+
+
+def pack_folders(settings: Settings, arch: str) -> list[Path]:
+    """Where packs of ``arch`` are looked for, in order. A folder may be a pack or hold one."""
+    roots = [*settings.pack_path, settings.build_dir, shipped_pack_dir()]
+    candidates = [path for root in roots for path in (root, root / arch)]
+    return [path for path in candidates if (path / "manifest.json").is_file()]
+
+
+@functools.lru_cache(maxsize=64)
+def installed_packs(settings: Settings, arch: str) -> tuple[tuple[Pack, ...], tuple[str, ...]]:
+    """The readable packs of ``arch``, and one line for each that was refused."""
+    packs, refused = [], []
+    for path in pack_folders(settings, arch):
+        try:
+            pack = read_pack(path)
+        except PackError as error:
+            refused.append(f"{path}: refused: {error.message}")
+            log.warning("glac: pack %s refused: %s", path, error)
+            continue
+        if pack.arch == arch:
+            packs.append(pack)
+        else:
+            refused.append(f"{path}: for {pack.arch}, this device needs {arch}")
+    return tuple(packs), tuple(refused)
+
+
+def _rank(row: PackRow, gpu: GpuSpec, bucket: Bucket) -> tuple[int, int, int, int]:
+    family = (gpu.name, *RELATIVES.get(gpu.name, ()))
+    kinship = family.index(row.gpu) if row.gpu in family else len(family)
+    guessed = int(row.source != "tuned")
+    return guessed, kinship, row.bucket.distance(bucket), row.bucket.bh + row.bucket.t
+
+
+def best_row(rows: Iterable[PackRow], problem: Problem, gpu: GpuSpec) -> PackRow | None:
+    """The row that serves ``problem`` on ``gpu``: tuned before guessed, kin, nearest bucket."""
+    hits = [row for row in rows if row.spec == problem.spec]
+    return min(hits, key=lambda row: _rank(row, gpu, problem.bucket), default=None)
+
+
+def _from_packs(
+    packs: Sequence[Pack], problem: Problem, gpu: GpuSpec, tried: list[str]
+) -> tuple[Pack, PackRow] | None:
+    for pack in packs:
+        row = best_row(pack.rows, problem, gpu)
+        if row is not None:
+            return pack, row
+        tried.append(f"{pack.path}: no row for {problem.spec.slug}")
+    return None
+
+
+def _pack_decision(pack: Pack, row: PackRow, problem: Problem, tried: list[str]) -> Decision:
+    b, want = row.bucket, problem.bucket
+    exact = "its bucket" if b == want else f"nearest bucket (2^{b.bh} heads, 2^{b.t} tokens)"
+    return Decision(
+        provider="pack",
+        config=row.config,
+        config_id=row.config.slug,
+        cubin_sha=pack.kernels[row.kernels["gla_fwd"]].sha256,
+        kernels=dict(row.kernels),
+        path=str(pack.path),
+        reason=f"{row.source} row of {row.gpu}, {exact}",
+        tried=tried,
+    )
+
+
+def _torch_decision(reason: str, tried: list[str]) -> Decision:
+    return Decision("torch", None, "torch-chunk", "", {}, "", reason, tried)
+
+
+def can_build() -> bool:
+    """Whether a compiler is installed. Imports nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        return importlib.util.find_spec("nvidia.cuda_nvcc") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def decide(problem: Problem, gpu: GpuSpec, settings: Settings | None = None) -> Decision:
+    """What would serve ``problem`` on ``gpu``, without building, loading or touching a device."""
+    settings = settings or load_settings()
+    packs, refused = installed_packs(settings, gpu.arch)
+    tried = list(refused)
+    hit = _from_packs(packs, problem, gpu, tried)
+    if hit:
+        return _pack_decision(*hit, problem, tried)
+    if settings.require_aot:
+        raise _not_found(problem, gpu, settings, tried)
+    if can_build():
+        config = miss_config(problem, gpu)
+        return Decision(
+            "build", config, config.slug, "", {}, "", "no pack has it: compiled at first use", tried
+        )
+    return _torch_decision("no pack has it and no compiler is installed", tried)
+
+
+def _not_found(
+    problem: Problem, gpu: GpuSpec, settings: Settings, tried: list[str]
+) -> KernelNotFoundError:
+    looked = [str(p) for p in (*settings.pack_path, settings.build_dir, shipped_pack_dir())]
+    lines = "".join(f"\n  {line}" for line in (*tried, f"searched: {', '.join(looked)}"))
+    return KernelNotFoundError(
+        f"GLAC_REQUIRE_AOT=1 and no pack has a kernel for {problem} on {gpu.name}:{lines}",
+        hint=f"glac tune --gpu {gpu.name}, then glac build --gpu {gpu.name}, where a compiler is; "
+        "or unset GLAC_REQUIRE_AOT",
+    )
+
+
+def miss_config(problem: Problem, gpu: GpuSpec) -> ForwardConfig:
+    """The config for a problem that no pack has: the nearest tuned row's, else the heuristic's."""
+    from glac.tuned import shipped  # YAML: only needed where there is a compiler anyway
+
+    for name in (gpu.name, *RELATIVES.get(gpu.name, ())):
+        file = shipped(name)
+        rows = [row for row in file.rows if row.spec == problem.spec] if file else []
+        if rows:
+            bucket = problem.bucket
+            return min(
+                rows, key=lambda r: (r.bucket.distance(bucket), r.bucket.bh + r.bucket.t)
+            ).config
+    return default_forward(problem.spec, gpu, problem.bucket)
+
+
+def _build_on_miss(problem: Problem, gpu: GpuSpec, settings: Settings) -> tuple[Pack, PackRow]:
+    from glac.build import build_single
+
+    bucket = problem.bucket
+    folder = settings.miss_dir / gpu.arch / f"{problem.spec.slug}-bh{bucket.bh}-t{bucket.t}"
+    pack, compiled = build_single(problem, gpu, miss_config(problem, gpu), folder)
+    _stats.compiled += compiled
+    row = best_row(pack.rows, problem, gpu)
+    assert row is not None
+    return pack, row
+
+
+def _plan(pack: Pack, row: PackRow, problem: Problem, device: int) -> ForwardPlan:
+    from glac.launch import load_from_pack
+
+    kernels = {name: load_from_pack(pack, kernel, device) for name, kernel in row.kernels.items()}
+    return ForwardPlan(problem, row.config, kernels)
+
+
+@functools.cache
+def device_gpu(device: int) -> tuple[GpuSpec | None, str]:
+    """The GpuSpec that serves a CUDA device, and a line about it.
+
+    A model that is not listed gets a spec of its own from its properties if glac builds for its
+    capability; otherwise ``None``.
+    """
+    props = torch.cuda.get_device_properties(device)
+    capability = (props.major, props.minor)
+    known = match_gpu(capability, props.multi_processor_count, props.name)
+    if known:
+        return known, known.title
+    same = [spec for spec in GPUS.values() if spec.capability == capability]
+    arch = "sm_90a" if capability == (9, 0) else "sm_80" if capability[0] == 8 else ""
+    if arch not in ARCHS:
+        return None, f"{props.name}: glac has no kernels for capability {props.major}.{props.minor}"
+    base = same[0] if same else GPUS["a100"]
+    shared = int(getattr(props, "shared_memory_per_block_optin", base.shared_per_block))
+    spec = GpuSpec(
+        name=f"cc{props.major}{props.minor}-{props.multi_processor_count}sm",
+        title=props.name,
+        capability=base.capability,  # the code path: sm_80 machine code runs on every 8.x
+        sm_count=props.multi_processor_count,
+        shared_per_block=shared,
+        copy_bandwidth=base.copy_bandwidth,
+        matrix_rate=base.matrix_rate,
+    )
+    return spec, f"{props.name}: not a listed GPU, served by {base.name}'s configs"
+
+
+def _resolve(problem: Problem, device: int) -> tuple[Decision, ForwardPlan | None]:
+    settings = load_settings()
+    gpu, note = device_gpu(device)
+    if gpu is None:
+        if settings.require_aot:
+            raise KernelNotFoundError(
+                f"GLAC_REQUIRE_AOT=1, and {note}",
+                hint="unset GLAC_REQUIRE_AOT to run through PyTorch",
+            )
+        return _torch_decision(note, []), None
+    packs, refused = installed_packs(settings, gpu.arch)
+    tried = list(refused)
+    hit = _from_packs(packs, problem, gpu, tried)
+    while hit:
+        try:
+            return _pack_decision(*hit, problem, tried), _plan(*hit, problem, device)
+        except PackError as error:
+            # A damaged cubin: say so, and go on with the packs behind this one.
+            tried.append(f"{hit[0].path}: refused: {error.message}")
+            log.warning("glac: pack %s refused: %s", hit[0].path, error)
+            packs = packs[packs.index(hit[0]) + 1 :]
+            hit = _from_packs(packs, problem, gpu, tried)
+    if settings.require_aot:
+        raise _not_found(problem, gpu, settings, tried)
+    if can_build():
+        try:
+            pack, row = _build_on_miss(problem, gpu, settings)
+            plan = _plan(pack, row, problem, device)
+        except GlacError as error:
+            tried.append(f"build on miss failed: {error.message}")
+            return _torch_decision("no pack has it and building it failed", tried), None
+        kernels = dict(row.kernels)
+        sha = pack.kernels[kernels["gla_fwd"]].sha256
+        reason = f"no pack has it: compiled here with the {row.source} config"
+        warnings.warn(
+            f"glac compiled a kernel at run time: no pack row for {problem} on {gpu.name}. "
+            f"Ship one: glac tune --gpu {gpu.name}, glac build --gpu {gpu.name}.",
+            stacklevel=2,
+        )
+        return (
+            Decision(
+                "build", row.config, row.config.slug, sha, kernels, str(pack.path), reason, tried
+            ),
+            plan,
+        )
+    return _torch_decision("no pack has it and no compiler is installed", tried), None
+
+
+def resolve(problem: Problem, device: int) -> tuple[Decision, ForwardPlan | None]:
+    """The decision for ``problem`` on a CUDA device, and its plan (``None``: use PyTorch).
+
+    Raises:
+        KernelNotFoundError: ``GLAC_REQUIRE_AOT=1`` and no pack has a kernel.
+    """
+    key = (problem, device)
+    found = _plans.get(key)
+    if found is None:
+        with _lock:
+            found = _plans.get(key)
+            if found is None:
+                found = _resolve(problem, device)
+                decision = found[0]
+                _stats.decisions[decision.provider] = (
+                    _stats.decisions.get(decision.provider, 0) + 1
+                )
+                log.info(
+                    "glac: %s: %s %s (%s)",
+                    problem,
+                    decision.provider,
+                    decision.config_id,
+                    decision.reason,
+                )
+                _plans[key] = found
+    return found
+
+
+def explain(problem: Problem, device: torch.device | int = 0) -> Decision:
+    """The decision for ``problem`` on a CUDA device; makes it if it was not made yet."""
+    index = device if isinstance(device, int) else (device.index or 0)
+    return resolve(problem, index)[0]

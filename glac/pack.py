@@ -1,0 +1,563 @@
+"""Kernel packs: machine code and everything needed to launch it, without Triton or a compiler.
+
+A pack is a folder, or a zip of one::
+
+    manifest.json             what there is: kernels, their ABI, and which problem gets which
+    cubins/<sha256>.cubin     machine code, named by its content
+
+One pack serves one arch. Its bytes depend on templates, rows and toolchain alone, not on date,
+checkout or number of compile jobs. ``read_pack`` takes nothing on trust: every field is checked,
+each row's kernels are derived again and compared, and the manifest carries its own hash. A pack
+that fails a check is refused as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glac import __version__
+from glac.atomic import sync_folder, write_bytes
+from glac.configs import ForwardConfig, why_illegal
+from glac.errors import ConfigError, PackError
+from glac.gpus import ARCHS, GPUS
+from glac.kernelspec import KernelSpec, forward_kernels
+from glac.problem import Bucket, Specialisation
+from glac.templates import TEMPLATES, active_args, pointer_type, templates_sha256, tiles
+
+if TYPE_CHECKING:
+    from glac.compile import CompiledKernel, Toolchain
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SOURCES = ("tuned", "heuristic")
+REBUILD = "rebuild it: glac build"
+
+_TOP_KEYS = frozenset(
+    "format glac arch driver_floor toolchain templates_sha256 kernels rows sha256".split()
+)
+_KERNEL_KEYS = frozenset(
+    "kernel symbol args tiles grid num_warps shared registers spill_bytes scratch_bytes sha256 "
+    "size".split()
+)
+_ROW_KEYS = frozenset("gpu source measured_on spec bucket config kernels".split())
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+_SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_INT32_MAX = 2**31 - 1
+# Sizes are below 2**62, and their logarithms are rounded.
+_MAX_BUCKET = 62
+_MAX_DRIVER = 99999
+
+
+@dataclass(frozen=True)
+class PackedKernel:
+    """One kernel of a pack: how to launch it, and which cubin holds it.
+
+    Attributes:
+        name: ``kernel.name``, the key in the manifest.
+        kernel: what was compiled.
+        symbol: entry point in the cubin.
+        args: name and type (``*bf16``, ``fp32``, ``i32``) of the run-time arguments, in order.
+        tiles: compile-time factor of the grid.
+        grid: names of the run-time factors of the grid.
+        num_warps: warps per program.
+        shared: dynamic shared memory, bytes.
+        registers: per thread.
+        spill_bytes: stored to local memory because registers ran out.
+        scratch_bytes: global scratch per program.
+        sha256: of the cubin, in hex.
+        size: of the cubin, bytes.
+    """
+
+    name: str
+    kernel: KernelSpec
+    symbol: str
+    args: tuple[tuple[str, str], ...]
+    tiles: int
+    grid: tuple[str, ...]
+    num_warps: int
+    shared: int
+    registers: int
+    spill_bytes: int
+    scratch_bytes: int
+    sha256: str
+    size: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest entry, without the name."""
+        return {
+            "kernel": self.kernel.to_dict(),
+            "symbol": self.symbol,
+            "args": [list(pair) for pair in self.args],
+            "tiles": self.tiles,
+            "grid": list(self.grid),
+            "num_warps": self.num_warps,
+            "shared": self.shared,
+            "registers": self.registers,
+            "spill_bytes": self.spill_bytes,
+            "scratch_bytes": self.scratch_bytes,
+            "sha256": self.sha256,
+            "size": self.size,
+        }
+
+
+@dataclass(frozen=True)
+class PackRow:
+    """Which config, and so which kernels, one GPU uses for a specialisation near a bucket.
+
+    Attributes:
+        gpu: a key of ``glac.gpus.GPUS``.
+        source: ``tuned`` by a study on this GPU, or ``heuristic``.
+        measured_on: title of the device whose timings chose the config, empty if none did.
+        spec: the specialisation served.
+        bucket: the sizes the config was chosen for.
+        config: how the problem runs.
+        kernels: template to kernel name, in launch order.
+    """
+
+    gpu: str
+    source: str
+    measured_on: str
+    spec: Specialisation
+    bucket: Bucket
+    config: ForwardConfig
+    kernels: Mapping[str, str]
+
+    @classmethod
+    def make(
+        cls,
+        gpu: str,
+        source: str,
+        measured_on: str,
+        spec: Specialisation,
+        bucket: Bucket,
+        config: ForwardConfig,
+    ) -> PackRow:
+        """A row whose kernel names follow from the other fields."""
+        kernels = forward_kernels(spec, config, GPUS[gpu].arch)
+        names = {kernel.template: kernel.name for kernel in kernels}
+        return cls(gpu, source, measured_on, spec, bucket, config, names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest entry."""
+        return {
+            "gpu": self.gpu,
+            "source": self.source,
+            "measured_on": self.measured_on,
+            "spec": self.spec.to_dict(),
+            "bucket": self.bucket.to_dict(),
+            "config": self.config.to_dict(),
+            "kernels": dict(self.kernels),
+        }
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A checked manifest. Cubins are read, and checked, when they are asked for.
+
+    Attributes:
+        path: folder or zip.
+        arch: code target of every kernel.
+        driver_floor: oldest driver branch that loads the cubins.
+        toolchain: versions of ``triton`` and ``ptxas``.
+        templates_sha256: of the kernel sources.
+        kernels: by name.
+        rows: which problem gets which kernels.
+        glac: version that wrote the pack.
+    """
+
+    path: Path
+    arch: str
+    driver_floor: int
+    toolchain: Mapping[str, str]
+    templates_sha256: str
+    kernels: Mapping[str, PackedKernel]
+    rows: tuple[PackRow, ...]
+    glac: str = __version__
+
+    def read_cubin(self, name: str) -> bytes:
+        """The machine code of kernel ``name``.
+
+        Raises:
+            PackError: there is no such kernel, or its file is missing or not what was packed.
+        """
+        kernel = self.kernels.get(name)
+        if kernel is None:
+            raise PackError(f"{self.path}: no kernel {name!r} in this pack", hint=REBUILD)
+        member = f"cubins/{kernel.sha256}.cubin"
+        data = _read_member(self.path, member, limit=kernel.size)
+        if len(data) != kernel.size:
+            got = f"more than {kernel.size}" if len(data) > kernel.size else str(len(data))
+            raise PackError(
+                f"{self.path}: {member}: wanted {kernel.size} bytes, got {got} (kernel {name})",
+                hint=REBUILD,
+            )
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != kernel.sha256:
+            raise PackError(
+                f"{self.path}: {member}: wanted SHA-256 {kernel.sha256}, got {digest} "
+                f"(kernel {name})",
+                hint=REBUILD,
+            )
+        return data
+
+
+def run_time_args(kernel: KernelSpec) -> tuple[tuple[str, str], ...]:
+    """Names and types of a kernel's run-time arguments, in order."""
+    return tuple(
+        (arg.name, pointer_type(arg.kind, kernel.spec) if arg.is_pointer else arg.kind)
+        for arg in active_args(kernel.template, kernel.spec)
+    )
+
+
+def _read_member(path: Path, member: str, limit: int | None = None) -> bytes:
+    """One file of a pack, at most ``limit`` + 1 bytes of it."""
+    size = -1 if limit is None else limit + 1
+    try:
+        if path.is_dir():
+            with (path / member).open("rb") as file:
+                return file.read(size)
+        if not path.exists():
+            raise PackError(f"{path}: no such pack", hint="make it: glac build")
+        # Most packs are folders, and this import costs more than reading one.
+        import zipfile
+
+        with zipfile.ZipFile(path) as archive, archive.open(member) as member_file:
+            return member_file.read(size)
+    except PackError:
+        raise
+    except Exception as error:  # zipfile raises a dozen types on broken archives
+        raise PackError(f"{path}: {member}: cannot be read ({error})", hint=REBUILD) from None
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of more digits than Python prints
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+class _Checker:
+    """Typed access to the fields of one manifest; every failure names pack and field."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fail(self, field: str, reason: str, hint: str = REBUILD) -> PackError:
+        return PackError(f"{self.path}: {MANIFEST}: {field}: {reason}", hint=hint)
+
+    def mapping(self, value: object, keys: frozenset[str] | None, field: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self.fail(field, f"wanted an object, got {_shown(value)}")
+        if keys is not None and value.keys() != keys:
+            unknown, missing = sorted(value.keys() - keys), sorted(keys - value.keys())
+            raise self.fail(field, f"unknown keys {_shown(unknown)}, missing keys {missing}")
+        return value
+
+    def items(self, value: object, field: str) -> list[Any]:
+        if not isinstance(value, list):
+            raise self.fail(field, f"wanted a list, got {_shown(value)}")
+        return value
+
+    def text(self, value: object, field: str, *, empty: bool = False) -> str:
+        if not isinstance(value, str) or not (value or empty):
+            raise self.fail(field, f"wanted a text, got {_shown(value)}")
+        return value
+
+    def one_of(self, value: object, choices: Iterable[str], field: str) -> str:
+        choices = tuple(choices)
+        if not isinstance(value, str) or value not in choices:
+            raise self.fail(field, f"wanted one of {', '.join(choices)}; got {_shown(value)}")
+        return value
+
+    def matching(self, value: object, pattern: re.Pattern[str], what: str, field: str) -> str:
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise self.fail(field, f"wanted {what}, got {_shown(value)}")
+        return value
+
+    def integer(self, value: object, low: int, high: int, field: str) -> int:
+        # bool is an int to isinstance.
+        if type(value) is not int or not low <= value <= high:
+            raise self.fail(field, f"wanted an integer in {low}..{high}, got {_shown(value)}")
+        return value
+
+    def abi(self, value: object, wanted: object, field: str) -> None:
+        # 1 == 1.0 == True in Python, hence the types.
+        if type(value) is not type(wanted) or value != wanted:
+            raise self.fail(
+                field,
+                f"made for another glac version: wanted {_shown(wanted)}, got {_shown(value)}",
+                hint="rebuild it with this version: glac build",
+            )
+
+
+def _check_kernel(
+    check: _Checker, name: str, value: object, arch: str, shared_limit: int
+) -> PackedKernel:
+    field = f"kernels[{_shown(name)}]"
+    data = check.mapping(value, _KERNEL_KEYS, field)
+    try:
+        kernel = KernelSpec.from_dict(data["kernel"], "kernel")
+    except ConfigError as error:
+        raise check.fail(field, error.message) from None
+    if kernel.arch != arch:
+        raise check.fail(f"{field}.kernel.arch", f"wanted {arch}, got {kernel.arch}")
+    if kernel.name != name:
+        raise check.fail(field, f"its content is that of {kernel.name}")
+    args = run_time_args(kernel)
+    grid = TEMPLATES[kernel.template].grid
+    check.abi(data["args"], [list(pair) for pair in args], f"{field}.args")
+    check.abi(data["grid"], list(grid), f"{field}.grid")
+    blocks = tiles(kernel.template, kernel.spec, kernel.config)
+    check.abi(data["tiles"], blocks, f"{field}.tiles")
+    check.abi(data["num_warps"], kernel.config.num_warps, f"{field}.num_warps")
+    return PackedKernel(
+        name=name,
+        kernel=kernel,
+        symbol=check.matching(data["symbol"], _SYMBOL, "an identifier", f"{field}.symbol"),
+        args=args,
+        tiles=blocks,
+        grid=grid,
+        num_warps=kernel.config.num_warps,
+        shared=check.integer(data["shared"], 0, shared_limit, f"{field}.shared"),
+        registers=check.integer(data["registers"], 1, 255, f"{field}.registers"),
+        spill_bytes=check.integer(data["spill_bytes"], 0, _INT32_MAX, f"{field}.spill_bytes"),
+        scratch_bytes=check.integer(
+            data["scratch_bytes"], 0, _INT32_MAX, f"{field}.scratch_bytes"
+        ),
+        sha256=check.matching(data["sha256"], _HEX64, "64 hex digits", f"{field}.sha256"),
+        size=check.integer(data["size"], 1, _INT32_MAX, f"{field}.size"),
+    )
+
+
+def _check_row(
+    check: _Checker, index: int, value: object, arch: str, kernels: Mapping[str, PackedKernel]
+) -> PackRow:
+    field = f"rows[{index}]"
+    data = check.mapping(value, _ROW_KEYS, field)
+    gpu = check.one_of(data["gpu"], GPUS, f"{field}.gpu")
+    if GPUS[gpu].arch != arch:
+        raise check.fail(f"{field}.gpu", f"{gpu} runs {GPUS[gpu].arch}, this pack is {arch}")
+    try:
+        spec = Specialisation.from_dict(data["spec"], "spec")
+        bucket = Bucket.from_dict(data["bucket"], "bucket")
+        config = ForwardConfig.from_dict(data["config"], "config")
+    except ConfigError as error:
+        raise check.fail(field, error.message) from None
+    check.integer(bucket.bh, 0, _MAX_BUCKET, f"{field}.bucket.bh")
+    check.integer(bucket.t, 0, _MAX_BUCKET, f"{field}.bucket.t")
+    # The segment length is no part of any kernel, and a wrong one gives wrong results.
+    reason = why_illegal(spec, config, GPUS[gpu])
+    if reason:
+        raise check.fail(f"{field}.config", reason)
+    wanted = forward_kernels(spec, config, arch)
+    named = check.mapping(
+        data["kernels"], frozenset(kernel.template for kernel in wanted), f"{field}.kernels"
+    )
+    names = {}
+    for kernel in wanted:
+        name = named[kernel.template]
+        packed = kernels.get(name) if isinstance(name, str) else None
+        if packed is None:
+            raise check.fail(f"{field}.kernels.{kernel.template}", f"no kernel {_shown(name)}")
+        if packed.kernel != kernel:
+            raise check.fail(
+                f"{field}.kernels.{kernel.template}", f"wanted {kernel.name}, got {name}"
+            )
+        names[kernel.template] = packed.name
+    return PackRow(
+        gpu=gpu,
+        source=check.one_of(data["source"], SOURCES, f"{field}.source"),
+        measured_on=check.text(data["measured_on"], f"{field}.measured_on", empty=True),
+        spec=spec,
+        bucket=bucket,
+        config=config,
+        kernels=names,
+    )
+
+
+def manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """Hash of what a manifest says, whatever its white space, without its own ``sha256``."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    # Compact because json's C encoder cannot indent: 20 times faster.
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_manifest(path: Path, value: object) -> Pack:
+    check = _Checker(path)
+    version = check.mapping(value, None, "manifest").get("format")
+    if type(version) is int and version > FORMAT:
+        raise check.fail(
+            "format",
+            f"version {_shown(version)} is newer than this glac reads ({FORMAT})",
+            hint="upgrade glac, or rebuild the pack with this one: glac build",
+        )
+    check.integer(version, FORMAT, FORMAT, "format")
+    data = check.mapping(value, _TOP_KEYS, "manifest")
+    arch = check.one_of(data["arch"], ARCHS, "arch")
+    tools = check.mapping(data["toolchain"], frozenset({"triton", "ptxas"}), "toolchain")
+    shared_limit = max(gpu.shared_per_block for gpu in GPUS.values() if gpu.arch == arch)
+    kernels = {
+        name: _check_kernel(check, name, entry, arch, shared_limit)
+        for name, entry in check.mapping(data["kernels"], None, "kernels").items()
+    }
+    rows = tuple(
+        _check_row(check, index, entry, arch, kernels)
+        for index, entry in enumerate(check.items(data["rows"], "rows"))
+    )
+    seen: dict[tuple[str, Specialisation, Bucket], int] = {}
+    for index, row in enumerate(rows):
+        first = seen.setdefault((row.gpu, row.spec, row.bucket), index)
+        if first != index:
+            raise check.fail(f"rows[{index}]", f"same GPU, spec and bucket as rows[{first}]")
+    pack = Pack(
+        path=path,
+        arch=arch,
+        driver_floor=check.integer(data["driver_floor"], 1, _MAX_DRIVER, "driver_floor"),
+        toolchain={key: check.text(tools[key], f"toolchain.{key}") for key in sorted(tools)},
+        templates_sha256=check.matching(
+            data["templates_sha256"], _HEX64, "64 hex digits", "templates_sha256"
+        ),
+        kernels=kernels,
+        rows=rows,
+        glac=check.text(data["glac"], "glac"),
+    )
+    # Last, so that a message about one field comes first. This catches the edits that leave every
+    # field plausible, such as another bucket or another segment length.
+    wanted = check.matching(data["sha256"], _HEX64, "64 hex digits", "sha256")
+    got = manifest_sha256(data)
+    if got != wanted:
+        raise check.fail(
+            "sha256", f"the manifest was changed after it was written: wanted {wanted}, got {got}"
+        )
+    return pack
+
+
+def read_pack(path: Path | str) -> Pack:
+    """Read and check the manifest of a pack, a folder or a zip.
+
+    Raises:
+        PackError: the pack is missing, broken, foreign, or of a newer format; names pack and
+            field.
+    """
+    path = Path(path)
+    raw = _read_member(path, MANIFEST)
+    try:
+        data = json.loads(raw.decode())
+    except json.JSONDecodeError as error:
+        raise PackError(
+            f"{path}: {MANIFEST}: line {error.lineno}, column {error.colno}: not JSON "
+            f"({error.msg})",
+            hint=REBUILD,
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise PackError(f"{path}: {MANIFEST}: not JSON ({error})", hint=REBUILD) from None
+    return _check_manifest(path, data)
+
+
+def _packed(built: CompiledKernel) -> PackedKernel:
+    kernel = built.kernel
+    return PackedKernel(
+        name=kernel.name,
+        kernel=kernel,
+        symbol=built.symbol,
+        args=run_time_args(kernel),
+        tiles=tiles(kernel.template, kernel.spec, kernel.config),
+        grid=TEMPLATES[kernel.template].grid,
+        num_warps=built.num_warps,
+        shared=built.shared,
+        registers=built.registers,
+        spill_bytes=built.spill_bytes,
+        scratch_bytes=built.scratch_bytes,
+        sha256=built.sha256,
+        size=len(built.cubin),
+    )
+
+
+def _swap_in(new: Path, path: Path) -> None:
+    """Put folder ``new`` where ``path`` is; a reader sees the old pack, none, or the new one."""
+    if path.exists() or path.is_symlink():
+        old = path.with_name(f".{path.name}.{secrets.token_hex(8)}.old")
+        path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        if old.is_symlink():
+            old.unlink()
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        new.rename(path)
+    sync_folder(path.parent)
+
+
+def write_pack(
+    path: Path | str,
+    arch: str,
+    compiled: Iterable[CompiledKernel],
+    rows: Iterable[PackRow],
+    tools: Toolchain,
+) -> Pack:
+    """Write a pack folder at ``path``, in place of the pack that may be there.
+
+    Args:
+        path: of the folder; parents are made.
+        arch: code target of all kernels.
+        compiled: the kernels, in any order.
+        rows: which problem gets which; every kernel they name must be among ``compiled``.
+        tools: what compiled them.
+
+    Returns:
+        The pack, as ``read_pack`` would return it.
+
+    Raises:
+        PackError: the content is inconsistent, or ``path`` holds something that is no pack.
+    """
+    path = Path(path)
+    built = {item.kernel.name: item for item in compiled}
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "glac": __version__,
+        "arch": arch,
+        "driver_floor": tools.driver_floor,
+        "toolchain": tools.to_dict(),
+        "templates_sha256": templates_sha256(),
+        "kernels": {name: _packed(item).to_dict() for name, item in built.items()},
+        "rows": [row.to_dict() for row in sorted(rows, key=lambda r: (r.gpu, r.spec, r.bucket))],
+    }
+    manifest["sha256"] = manifest_sha256(manifest)
+    # The reader's checks, before anything is written.
+    pack = _check_manifest(path, manifest)
+    if path.exists() and not (path / MANIFEST).is_file() and not _is_empty_folder(path):
+        raise PackError(
+            f"{path}: exists and is not a kernel pack; it was left as it is",
+            hint="choose another place with --out",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        (temporary / "cubins").mkdir(parents=True)
+        for cubin in {item.sha256: item.cubin for item in built.values()}.values():
+            write_bytes(temporary / "cubins" / f"{hashlib.sha256(cubin).hexdigest()}.cubin", cubin)
+        text = json.dumps(manifest, sort_keys=True, indent=1) + "\n"
+        write_bytes(temporary / MANIFEST, text.encode())
+        _swap_in(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return pack
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

@@ -1,0 +1,23 @@
+"""Eager PyTorch forms of gated linear attention (arXiv 2312.06635), on any device.
+
+    S_t = diag(exp g_t) S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
+
+``recurrent_gla`` is the definition, ``chunk_gla`` the fast exact form and the fallback where no
+kernel fits, ``lowrank_gate`` the layer's gate, ``yardstick_chunk_gla`` a run in kernel precision
+that sets error budgets, and ``relative_rms`` the error measure. Nothing here needs more than
+torch.
+"""
+
+from glac.reference.chunked import chunk_gla
+from glac.reference.error import relative_rms
+from glac.reference.gate import lowrank_gate
+from glac.reference.recurrent import recurrent_gla
+from glac.reference.yardstick import yardstick_chunk_gla
+
+__all__ = [
+    "chunk_gla",
+    "lowrank_gate",
+    "recurrent_gla",
+    "relative_rms",
+    "yardstick_chunk_gla",
+]

@@ -1,0 +1,184 @@
+"""Checks of public arguments, before anything is launched: rank, shape, dtype, device, values.
+
+Each message names the argument, what was wanted and what came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from glac.errors import InputError, InputTypeError
+from glac.problem import LOWRANK_RANKS, MAX_K, MAX_V, DType, Gate, Problem, Specialisation
+
+DTYPES: dict[torch.dtype, DType] = {
+    torch.bfloat16: DType.BF16,
+    torch.float16: DType.FP16,
+    torch.float32: DType.FP32,
+}
+_SUPPORTED = "torch.bfloat16, torch.float16 or torch.float32"
+# Offsets inside a tile are 32-bit: 128 rows of a token stride must stay below 2^31 elements.
+MAX_TOKEN_STRIDE = 2**24
+MAX_PROGRAMS = 2**31 - 1
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _want_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise InputTypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _want_rank(name: str, tensor: Tensor, layout: str) -> None:
+    rank = layout.count(",") + 1
+    if tensor.dim() != rank:
+        raise InputError(
+            f"{name} must be {layout} ({rank} dimensions), got shape {_shape(tensor)}",
+            hint="the token dimension comes before the heads: [B, T, H, D]" if rank == 4 else "",
+        )
+
+
+def _want_shape(name: str, tensor: Tensor, layout: str, wanted: Sequence[int]) -> None:
+    if _shape(tensor) != tuple(wanted):
+        raise InputError(f"{name} must be {layout} = {tuple(wanted)}, got {_shape(tensor)}")
+
+
+def _want_dtype(name: str, tensor: Tensor, wanted: Sequence[torch.dtype], why: str) -> None:
+    if tensor.dtype not in wanted:
+        names = " or ".join(str(d) for d in wanted)
+        raise InputTypeError(f"{name} must be {names} ({why}), got {tensor.dtype}")
+
+
+def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
+    """``value`` as a finite float.
+
+    Raises:
+        InputTypeError: it is not a number.
+        InputError: it is NaN, infinite, or not positive where it must be.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputTypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise InputError(f"{name} must be finite, got {value}")
+    if positive and value <= 0:
+        raise InputError(f"{name} must be greater than 0, got {value}")
+    return float(value)
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, DType]:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        _want_tensor(name, value)
+    _want_rank("q", q, "[B, T, H, K]")
+    _want_rank("k", k, "[B, T, H, K]")
+    _want_rank("v", v, "[B, T, H, V]")
+    B, T, H, K = q.shape
+    V = v.shape[3]
+    _want_shape("k", k, "[B, T, H, K]", (B, T, H, K))
+    _want_shape("v", v, "[B, T, H, V]", (B, T, H, V))
+    for name, size in (("B", B), ("T", T), ("H", H)):
+        if size < 1:
+            raise InputError(f"{name} must be at least 1, got q of shape {_shape(q)}")
+    for name, size, limit in (("K", K, MAX_K), ("V", V, MAX_V)):
+        if not 1 <= size <= limit:
+            raise InputError(
+                f"{name} must be in 1..{limit} channels per head, got {size}",
+                hint="use more heads of fewer channels" if size > limit else "",
+            )
+    if max(H * K, H * V) >= MAX_TOKEN_STRIDE:
+        raise InputError(
+            f"one token has {max(H * K, H * V)} elements (H={H}, K={K}, V={V}), "
+            f"fewer than {MAX_TOKEN_STRIDE} are addressable",
+            hint="split the heads over several calls",
+        )
+    if T > 2**31 - 1 - 256:
+        raise InputError(f"T must be below 2^31 - 256, got {T}")
+    if q.dtype not in DTYPES:
+        raise InputTypeError(f"q must be {_SUPPORTED}, got {q.dtype}")
+    _want_dtype("k", k, (q.dtype,), "as q")
+    _want_dtype("v", v, (q.dtype,), "as q")
+    return B, T, H, K, V, DTYPES[q.dtype]
+
+
+def _same_device(q: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != q.device:
+            raise InputTypeError(
+                f"{name} is on {tensor.device}, q is on {q.device}",
+                hint=f"move it: {name}.to(q.device)",
+            )
+
+
+def _check_state(state: Tensor | None, wanted: tuple[int, int, int, int]) -> None:
+    if state is None:
+        return
+    _want_tensor("initial_state", state)
+    _want_rank("initial_state", state, "[B, H, K, V]")
+    _want_shape("initial_state", state, "[B, H, K, V]", wanted)
+    _want_dtype("initial_state", state, (torch.float32,), "states are fp32")
+
+
+def check_vector(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor | None
+) -> Problem:
+    """Validate the arguments of ``chunk_gla``."""
+    B, T, H, K, V, dtype = _check_qkv(q, k, v)
+    _want_tensor("g", g)
+    _want_rank("g", g, "[B, T, H, K]")
+    _want_shape("g", g, "[B, T, H, K]", (B, T, H, K))
+    _want_dtype("g", g, tuple({q.dtype: 0, torch.float32: 0}), "q's dtype or float32")
+    _check_state(initial_state, (B, H, K, V))
+    _same_device(q, k=k, v=v, g=g, initial_state=initial_state)
+    return Problem(Specialisation(K, V, dtype, Gate.VECTOR, DTYPES[g.dtype]), B, T, H)
+
+
+def check_lowrank(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+) -> Problem:
+    """Validate the arguments of ``chunk_gla_lowrank``."""
+    B, T, H, K, V, dtype = _check_qkv(q, k, v)
+    _want_tensor("x", x)
+    _want_rank("x", x, "[B, T, R]")
+    rank = x.shape[2]
+    if rank not in LOWRANK_RANKS:
+        raise InputError(
+            f"x must be [B, T, R] with R one of {LOWRANK_RANKS}, got shape {_shape(x)}",
+            hint="compute the gate yourself and call chunk_gla for other ranks",
+        )
+    _want_shape("x", x, "[B, T, R]", (B, T, rank))
+    _want_tensor("weight", weight)
+    _want_rank("weight", weight, "[H*K, R]")
+    _want_shape("weight", weight, "[H*K, R]", (H * K, rank))
+    _want_dtype("x", x, (q.dtype,), "as q")
+    _want_dtype("weight", weight, (q.dtype,), "as q")
+    gate_dtype = dtype
+    if bias is not None:
+        _want_tensor("bias", bias)
+        _want_rank("bias", bias, "[H*K]")
+        _want_shape("bias", bias, "[H*K]", (H * K,))
+        _want_dtype("bias", bias, tuple({q.dtype: 0, torch.float32: 0}), "q's dtype or float32")
+        gate_dtype = DTYPES[bias.dtype]
+    _check_state(initial_state, (B, H, K, V))
+    _same_device(q, k=k, v=v, x=x, weight=weight, bias=bias, initial_state=initial_state)
+    return Problem(Specialisation(K, V, dtype, Gate.LOWRANK, gate_dtype, rank), B, T, H)
+
+
+def check_gate_values(g: Tensor) -> None:
+    """Checked mode: every gate is a log-decay (``<= 0``) and none is NaN. Synchronises."""
+    bad = ~(g <= 0)
+    if bool(bad.any()):
+        where = tuple(int(i) for i in bad.nonzero()[0])
+        raise InputError(
+            f"g must be <= 0 (natural log of a decay), got {float(g[where])} at {where}",
+            hint="pass logsigmoid(...) or -softplus(...), not the decay itself",
+        )

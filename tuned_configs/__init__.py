@@ -1,0 +1,1 @@
+"""Tuned kernel configurations, one YAML file for each GPU."""

@@ -1,0 +1,1 @@
+"""Search spaces, measurement and export of tuned kernel configurations."""
