@@ -22,7 +22,8 @@ def write_bytes(path: Path | str, data: bytes) -> None:
     """Replace the content of ``path`` by ``data``, all of it or nothing."""
     path = Path(path)
     # Beside the target, because a rename does not cross file systems; with a fresh random name,
-    # because another process may write the same target. Unlike mkstemp's, the mode obeys the umask.
+    # because another process may write the same target. Its mode obeys the umask, as mkstemp's
+    # does not.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:

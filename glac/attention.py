@@ -133,7 +133,7 @@ def _call(
         inner = GateInput(tensors, gate.inv_normalizer, gate.clamp)
         return _run_kernels(problem, q, k, v, inner, scale, h0, output_final_state)
 
-    result: tuple[Tensor, Tensor | None] | None = _ForwardOnly.apply(
+    result: tuple[Tensor, Tensor | None] | None = _ForwardOnly.apply(  # type: ignore[no-untyped-call]
         run, q, k, v, initial_state, *gate.tensors
     )
     return result
@@ -179,7 +179,9 @@ def chunk_gla(
     if load_settings().checked:
         check_gate_values(g)
     if q.is_cuda:
-        result = _call(problem, q, k, v, GateInput((g,)), factor, initial_state, output_final_state)
+        result = _call(
+            problem, q, k, v, GateInput((g,)), factor, initial_state, output_final_state
+        )
         if result is not None:
             return result
     return _torch_chunk(q, k, v, g, factor, initial_state, output_final_state, chunk_size)
@@ -240,9 +242,7 @@ def chunk_gla_lowrank(
             return result
     from glac.reference import lowrank_gate
 
-    g = lowrank_gate(
-        x, weight, bias, num_heads=problem.H, normalizer=tau, clamp_min=clamp_min
-    )
+    g = lowrank_gate(x, weight, bias, num_heads=problem.H, normalizer=tau, clamp_min=clamp_min)
     return _torch_chunk(q, k, v, g, factor, initial_state, output_final_state, chunk_size)
 
 

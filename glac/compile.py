@@ -7,6 +7,7 @@ ptxas 12.9.86 and refuses older ones for sm_90a. Its cubins load on every driver
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -15,7 +16,8 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +132,54 @@ def toolchain(ptxas: str | None = None) -> Toolchain:
     return Toolchain(str(triton.__version__), version, path)
 
 
+class _PinnedAssembler:
+    """While at least one compilation runs: the pinned assembler is Triton's.
+
+    Triton's knobs are global to the process and ``knobs.scope`` restores them on exit, so scopes
+    of two threads would undo each other and a kernel could get Triton's default assembler. One
+    counted scope serves all threads. Other libraries' kernels keep the assembler they chose.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._active = 0
+        self._path: Path | None = None
+        self._stack = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self, path: Path) -> Iterator[None]:
+        with self._lock:
+            if self._active and path != self._path:
+                raise CompileError(f"compilations with {self._path} still run, {path} must wait")
+            if not self._active:
+                self._enter(path)
+            self._active += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._active -= 1
+                if not self._active:
+                    self._stack.close()
+
+    def _enter(self, path: Path) -> None:
+        knobs = importlib.import_module("triton.knobs")
+        backend = importlib.import_module("triton.backends.nvidia.compiler")
+        self._path = path
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(knobs.nvidia.scope())
+            knobs.nvidia.ptxas = str(path)
+            if hasattr(type(knobs.nvidia), "ptxas_blackwell"):
+                knobs.nvidia.ptxas_blackwell = str(path)
+            # A failing assembler makes Triton print the whole program on stdout.
+            stack.callback(vars(backend).pop, "print", None)
+            vars(backend)["print"] = lambda *args, **kwargs: None
+            self._stack = stack.pop_all()
+
+
+_pinned_assembler = _PinnedAssembler()
+
+
 def _resource_use(ptx: str, arch: str, ptxas: Path) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
@@ -157,7 +207,6 @@ def compile_kernel(kernel: KernelSpec, tools: Toolchain | None = None) -> Compil
     tools = tools or toolchain()
     triton = import_triton()
     backends = importlib.import_module("triton.backends.compiler")
-    knobs = importlib.import_module("triton.knobs")
     options = {
         "num_warps": kernel.config.num_warps,
         "num_stages": getattr(kernel.config, "num_stages", 1),
@@ -165,11 +214,7 @@ def compile_kernel(kernel: KernelSpec, tools: Toolchain | None = None) -> Compil
     }
     target = backends.GPUTarget("cuda", ARCHS[kernel.arch], 32)
     try:
-        # Scoped: other libraries' kernels keep the assembler they chose.
-        with knobs.nvidia.scope():
-            knobs.nvidia.ptxas = str(tools.ptxas_path)
-            if hasattr(type(knobs.nvidia), "ptxas_blackwell"):
-                knobs.nvidia.ptxas_blackwell = str(tools.ptxas_path)
+        with _pinned_assembler(tools.ptxas_path):
             built = triton.compile(ast_source(kernel), target=target, options=options)
     except GlacError:
         raise

@@ -55,7 +55,10 @@ class ChunkKernelConfig:
         if not isinstance(d["tma"], bool):
             raise ConfigError(f"{where}: tma must be true or false, got {d['tma']!r}")
         return cls(
-            *(strict_int(d, k, where) for k in ("chunk", "block_v", "num_warps", "num_stages")),
+            chunk=strict_int(d, "chunk", where),
+            block_v=strict_int(d, "block_v", where),
+            num_warps=strict_int(d, "num_warps", where),
+            num_stages=strict_int(d, "num_stages", where),
             tma=d["tma"],
         )
 

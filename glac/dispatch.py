@@ -182,7 +182,14 @@ def decide(problem: Problem, gpu: GpuSpec, settings: Settings | None = None) -> 
     if can_build():
         config = miss_config(problem, gpu)
         return Decision(
-            "build", config, config.slug, "", {}, "", "no pack has it: compiled at first use", tried
+            "build",
+            config,
+            config.slug,
+            "",
+            {},
+            "",
+            "no pack has it: compiled at first use",
+            tried,
         )
     return _torch_decision("no pack has it and no compiler is installed", tried)
 
@@ -248,7 +255,10 @@ def device_gpu(device: int) -> tuple[GpuSpec | None, str]:
     same = [spec for spec in GPUS.values() if spec.capability == capability]
     arch = "sm_90a" if capability == (9, 0) else "sm_80" if capability[0] == 8 else ""
     if arch not in ARCHS:
-        return None, f"{props.name}: glac has no kernels for capability {props.major}.{props.minor}"
+        return (
+            None,
+            f"{props.name}: glac has no kernels for capability {props.major}.{props.minor}",
+        )
     base = same[0] if same else GPUS["a100"]
     shared = int(getattr(props, "shared_memory_per_block_optin", base.shared_per_block))
     spec = GpuSpec(

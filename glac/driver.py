@@ -143,7 +143,9 @@ class DriverKernel:
         offset, size = ctypes.c_size_t(), ctypes.c_size_t()
         found = []
         for index in range(len(sizes) + 1):
-            if info(self._handle, ctypes.c_size_t(index), ctypes.byref(offset), ctypes.byref(size)):
+            if info(
+                self._handle, ctypes.c_size_t(index), ctypes.byref(offset), ctypes.byref(size)
+            ):
                 break
             found.append(size.value)
         if found != sizes:
@@ -166,7 +168,7 @@ class DriverKernel:
         size = self._size
         extra = (ctypes.c_void_p * 5)(
             1,  # CU_LAUNCH_PARAM_BUFFER_POINTER
-            ctypes.cast(buffer, ctypes.c_void_p),
+            ctypes.cast(ctypes.c_char_p(buffer), ctypes.c_void_p),
             2,  # CU_LAUNCH_PARAM_BUFFER_SIZE
             ctypes.addressof(size),
             0,  # CU_LAUNCH_PARAM_END

@@ -78,14 +78,13 @@ def run_forward(
     """Launch a forward pass. Inputs are validated and laid out as the kernels want them.
 
     Returns:
-        ``o [B, T, H, V]`` in the input dtype, and the final state ``[B, H, K, V]`` in fp32 or None.
+        ``o [B, T, H, V]`` in the input dtype; the final state ``[B, H, K, V]`` in fp32, or None.
     """
     problem, config = plan.problem, plan.config
     spec = problem.spec
     B, T, H, K, V = problem.B, problem.T, problem.H, spec.K, spec.V
     heads = B * H
     segments = config.segments(T)
-    seg_len = config.segment or T
 
     o = torch.empty((B, T, H, V), dtype=q.dtype, device=q.device)
     final = None
@@ -109,6 +108,9 @@ def run_forward(
         assert gate.tensors[0] is not None
         gate_strides = _strides(gate.tensors[0], unit_k)
 
+    sizes = (T, H, segments, config.segment or T)
+    shared_strides = (*v_strides, *gate_strides)
+
     starts = initial_state
     if segments > 1:
         size = (heads, segments, K, V)
@@ -117,8 +119,7 @@ def run_forward(
         assert config.summary is not None
         plan.kernels["gla_fwd_summary"].run(
             (k, v, *gate.tensors, starts, decay),
-            (*gate_scalars, T, H, segments, seg_len, *gate_flag)
-            + (*k_strides, *v_strides, *gate_strides),
+            (*gate_scalars, *sizes, *gate_flag, *k_strides, *shared_strides),
             tiles("gla_fwd_summary", spec, config.summary) * (segments - 1) * heads,
         )
         combine = config.kernels()["gla_fwd_combine"]
@@ -127,11 +128,10 @@ def run_forward(
             (segments, int(initial_state is not None)),
             tiles("gla_fwd_combine", spec, combine) * heads,
         )
+    flags = (int(starts is not None), int(final is not None), *gate_flag)
     plan.kernels["gla_fwd"].run(
         (q, k, v, *gate.tensors, o, starts, final),
-        (scale, *gate_scalars, T, H, segments, seg_len)
-        + (int(starts is not None), int(final is not None), *gate_flag)
-        + (*_strides(q, unit_k), *k_strides, *v_strides, *gate_strides),
+        (scale, *gate_scalars, *sizes, *flags, *_strides(q, unit_k), *k_strides, *shared_strides),
         tiles("gla_fwd", spec, config.fwd) * segments * heads,
     )
     return o, final

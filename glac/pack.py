@@ -19,9 +19,9 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from glac import __version__
 from glac.atomic import sync_folder, write_bytes
@@ -41,13 +41,18 @@ SOURCES = ("tuned", "heuristic")
 REBUILD = "rebuild it: glac build"
 
 _TOP_KEYS = frozenset(
-    "format glac arch driver_floor toolchain templates_sha256 kernels rows sha256".split()
+    {
+        "format",
+        "glac",
+        "arch",
+        "driver_floor",
+        "toolchain",
+        "templates_sha256",
+        "kernels",
+        "rows",
+        "sha256",
+    }
 )
-_KERNEL_KEYS = frozenset(
-    "kernel symbol args tiles grid num_warps shared registers spill_bytes scratch_bytes sha256 "
-    "size".split()
-)
-_ROW_KEYS = frozenset("gpu source measured_on spec bucket config kernels".split())
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INT32_MAX = 2**31 - 1
@@ -209,6 +214,11 @@ class Pack:
         return data
 
 
+# An entry holds the fields of its class, the name of a kernel being its key.
+_KERNEL_KEYS = frozenset(field.name for field in fields(PackedKernel)) - {"name"}
+_ROW_KEYS = frozenset(field.name for field in fields(PackRow))
+
+
 def run_time_args(kernel: KernelSpec) -> tuple[tuple[str, str], ...]:
     """Names and types of a kernel's run-time arguments, in order."""
     return tuple(
@@ -237,12 +247,19 @@ def _read_member(path: Path, member: str, limit: int | None = None) -> bytes:
         raise PackError(f"{path}: {member}: cannot be read ({error})", hint=REBUILD) from None
 
 
-def _shown(value: object) -> str:
+def _full_text(value: object) -> str:
     try:
-        text = repr(value)
+        return repr(value)
     except (ValueError, RecursionError):  # integers of more digits than Python prints
         return f"a huge {type(value).__name__}"
+
+
+def _shown(value: object) -> str:
+    text = _full_text(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+_T = TypeVar("_T", Specialisation, Bucket, ForwardConfig)
 
 
 class _Checker:
@@ -250,6 +267,16 @@ class _Checker:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._parsed: dict[tuple[type, str], Any] = {}
+
+    def parsed(self, cls: type[_T], value: Any, what: str) -> _T:
+        """``cls.from_dict``, once for equal content: rows repeat few specs and configs."""
+        # By its text, because 1, 1.0 and True are equal keys.
+        key = (cls, _full_text(value))
+        if key not in self._parsed:
+            self._parsed[key] = cls.from_dict(value, what)
+        found: _T = self._parsed[key]
+        return found
 
     def fail(self, field: str, reason: str, hint: str = REBUILD) -> PackError:
         return PackError(f"{self.path}: {MANIFEST}: {field}: {reason}", hint=hint)
@@ -347,9 +374,9 @@ def _check_row(
     if GPUS[gpu].arch != arch:
         raise check.fail(f"{field}.gpu", f"{gpu} runs {GPUS[gpu].arch}, this pack is {arch}")
     try:
-        spec = Specialisation.from_dict(data["spec"], "spec")
-        bucket = Bucket.from_dict(data["bucket"], "bucket")
-        config = ForwardConfig.from_dict(data["config"], "config")
+        spec = check.parsed(Specialisation, data["spec"], "spec")
+        bucket = check.parsed(Bucket, data["bucket"], "bucket")
+        config = check.parsed(ForwardConfig, data["config"], "config")
     except ConfigError as error:
         raise check.fail(field, error.message) from None
     check.integer(bucket.bh, 0, _MAX_BUCKET, f"{field}.bucket.bh")
@@ -485,20 +512,30 @@ def _packed(built: CompiledKernel) -> PackedKernel:
 
 def _swap_in(new: Path, path: Path) -> None:
     """Put folder ``new`` where ``path`` is; a reader sees the old pack, none, or the new one."""
-    if path.exists() or path.is_symlink():
+    for attempt in range(10):
         old = path.with_name(f".{path.name}.{secrets.token_hex(8)}.old")
-        path.rename(old)
+        moved = False
+        # Two steps, as a rename replaces no full folder; another process may come in between.
+        try:
+            path.rename(old)
+            moved = True
+        except FileNotFoundError:
+            pass
         try:
             new.rename(path)
-        except BaseException:
-            old.rename(path)
-            raise
-        if old.is_symlink():
-            old.unlink()
-        else:
-            shutil.rmtree(old, ignore_errors=True)
-    else:
-        new.rename(path)
+        except OSError:
+            if moved and not path.exists():
+                old.rename(path)
+                raise
+            if attempt == 9:
+                raise
+            continue
+        finally:
+            if old.is_symlink():
+                old.unlink()
+            else:
+                shutil.rmtree(old, ignore_errors=True)
+        break
     sync_folder(path.parent)
 
 
@@ -522,7 +559,8 @@ def write_pack(
         The pack, as ``read_pack`` would return it.
 
     Raises:
-        PackError: the content is inconsistent, or ``path`` holds something that is no pack.
+        PackError: the content is inconsistent, or ``path`` holds something that is no pack or
+            cannot be written.
     """
     path = Path(path)
     built = {item.kernel.name: item for item in compiled}
@@ -544,18 +582,21 @@ def write_pack(
             f"{path}: exists and is not a kernel pack; it was left as it is",
             hint="choose another place with --out",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         (temporary / "cubins").mkdir(parents=True)
-        for cubin in {item.sha256: item.cubin for item in built.values()}.values():
-            write_bytes(temporary / "cubins" / f"{hashlib.sha256(cubin).hexdigest()}.cubin", cubin)
+        for digest, cubin in {item.sha256: item.cubin for item in built.values()}.items():
+            write_bytes(temporary / "cubins" / f"{digest}.cubin", cubin)
         text = json.dumps(manifest, sort_keys=True, indent=1) + "\n"
         write_bytes(temporary / MANIFEST, text.encode())
         _swap_in(temporary, path)
-    except BaseException:
+    except OSError as error:
+        raise PackError(
+            f"{path}: cannot be written ({error})", hint="choose another place with --out"
+        ) from None
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return pack
 
 

@@ -91,7 +91,9 @@ TEMPLATES: dict[str, Template] = {
 }
 
 _VECTOR_ONLY = frozenset({"g", "g_b", "g_t", "g_h"})
-_LOWRANK_ONLY = frozenset({"x", "w", "bias", "inv_normalizer", "clamp_log2", "has_bias", "x_b", "x_t"})
+_LOWRANK_ONLY = frozenset(
+    {"x", "w", "bias", "inv_normalizer", "clamp_log2", "has_bias", "x_b", "x_t"}
+)
 
 
 def kernel_specialisation(template: str, spec: Specialisation) -> Specialisation:
@@ -145,7 +147,7 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
         "BX": EXACT_ROWS,
         "STAGES": config.num_stages,
         "LOWRANK": lowrank,
-        "SPLIT": spec.dtype is DType.BF16,
+        "BF16": spec.dtype is DType.BF16,
         "PRECISION": "tf32x3" if spec.dtype is DType.FP32 else "tf32",
         "TMA": config.tma,
     }

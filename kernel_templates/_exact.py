@@ -13,20 +13,20 @@ fp32, with exponents clamped to <= 0.
 import triton
 import triton.language as tl
 
-from glac.kernel_templates._gate import STEP_MIN_LOG2
+from glac.kernel_templates._gate import LOG2E, STEP_MIN_LOG2, operand
 
 MIDPOINT_RANGE_LOG2 = tl.constexpr(128.0)
 
 
 @triton.jit
-def exact_scores(b_q, b_k, b_cum, BT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
+def exact_scores(b_q, b_k, b_cum, BT: tl.constexpr, IO: tl.constexpr, PRECISION: tl.constexpr):
     """``[BT, BT]`` scores, exact on and below the diagonal; above it the values mean nothing."""
     first = tl.max(b_cum, 0)
     last = tl.min(b_cum, 0)
     if tl.max(first - last, 0) <= MIDPOINT_RANGE_LOG2:
         anchor = (0.5 * (first + last))[None, :]
-        qm = (b_q * tl.exp2(b_cum - anchor)).to(COMPUTE)
-        km = (b_k * tl.exp2(anchor - b_cum)).to(COMPUTE)
+        qm = operand(b_q * tl.exp2(b_cum - anchor), IO)
+        km = operand(b_k * tl.exp2(anchor - b_cum), IO)
         scores = tl.dot(qm, tl.trans(km), input_precision=PRECISION)
     else:
         row = tl.arange(0, BT)
@@ -46,5 +46,5 @@ def exact_block_cumulative(b_g, IN_LOG2: tl.constexpr):
     """``[BT, BK]`` cumulative gate in log2 units, each step clamped to 2^-160."""
     x = b_g.to(tl.float32)
     if not IN_LOG2:
-        x = x * 1.4426950408889634
+        x = x * LOG2E
     return tl.cumsum(tl.maximum(x, STEP_MIN_LOG2), 0)

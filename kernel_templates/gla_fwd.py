@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from glac.kernel_templates._exact import exact_block_cumulative, exact_scores
-from glac.kernel_templates._gate import cumulative_log2, lowrank_gate_log2
+from glac.kernel_templates._gate import LOG2E, cumulative_log2, lowrank_gate_log2, operand
 
 START_RANGE_LOG2 = tl.constexpr(80.0)
 
@@ -86,15 +86,12 @@ def gla_fwd(
     BX: tl.constexpr,
     STAGES: tl.constexpr,
     LOWRANK: tl.constexpr,
-    SPLIT: tl.constexpr,
+    BF16: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
     IO: tl.constexpr = v.dtype.element_ty
-    # fp16 tiles scaled by 2^G would leave fp16's range: they stay fp32 and multiply as TF32,
-    # which has fp16's mantissa.
-    COMPUTE: tl.constexpr = tl.bfloat16 if IO == tl.bfloat16 else tl.float32
 
     pid = tl.program_id(0)
     i_v = pid % NV
@@ -125,7 +122,8 @@ def gla_fwd(
         row_x = x_t.to(tl.int64) * UR
         p_w = (i_h * K + o_k)[None, :] * R + o_r[:, None]
         b_w = tl.load(w + p_w, mask=m_k[None, :] & m_r[:, None], other=0.0)  # [BR, BK]
-        b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0).to(tl.float32)
+        b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
+        b_bias = b_bias.to(tl.float32) * LOG2E
     else:
         g += (i_b * g_b + i_h.to(tl.int64) * g_h) * UK
         row_g = g_t.to(tl.int64) * UK
@@ -146,6 +144,7 @@ def gla_fwd(
     b_s = tl.load(h0 + p_state, mask=m_state & (has_h0 != 0), other=0.0)  # [BK, BV]
 
     worst = tl.zeros([BK], dtype=tl.float32)
+    m_cum = m_tri
     for t in tl.range(t_begin, t_end, BT, num_stages=STAGES):
         m_t = t + row < T
         m_tk = m_t[:, None] & m_k[None, :] if BK != K else m_t[:, None]
@@ -153,9 +152,9 @@ def gla_fwd(
         if LOWRANK:
             p_x = row[:, None] * (x_t * UR) + o_r[None, :]
             b_x = tl.load(x + t * row_x + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
-            b_g = lowrank_gate_log2(
-                b_x, b_w, b_bias, inv_normalizer, clamp_log2, m_t, PRECISION
-            )
+            b_g = lowrank_gate_log2(b_x, b_w, b_bias, inv_normalizer, clamp_log2, BF16, PRECISION)
+            # Rows outside the sequence must not decay: cheaper on the triangle than on the gate.
+            m_cum = m_tri & m_t[None, :]
         elif TMA:
             b_g = d_g.load([t, 0])
         else:
@@ -172,20 +171,20 @@ def gla_fwd(
             b_q = tl.load(q + t * row_q + p_q, mask=m_tk, other=0.0)
             p_v = row[:, None] * (v_t * UV) + o_v[None, :]
             b_v = tl.load(v + t * row_v + p_v, mask=m_tv, other=0.0)
-        b_v = b_v.to(COMPUTE)
+        b_v = operand(b_v, IO)
 
-        b_cum = cumulative_log2(b_g, m_tri, LOWRANK, SPLIT)  # [BT, BK]
+        b_cum = cumulative_log2(b_g, m_cum, LOWRANK, BF16)  # [BT, BK]
         # The last row as a minimum: g <= 0 makes G fall along the chunk. (Summing g again costs a
         # layout conversion of the whole tile: 266 us instead of 150 at 16,2048,8,128,128.)
         b_end = tl.min(b_cum, 0)  # [BK]
         worst = tl.minimum(worst, b_end)
-        qh = (b_q * (tl.exp2(b_cum) * scale)).to(COMPUTE)
-        kh = (b_k * tl.exp2(-b_cum)).to(COMPUTE)
+        qh = operand(b_q * (tl.exp2(b_cum) * scale), IO)
+        kh = operand(b_k * tl.exp2(-b_cum), IO)
 
-        b_o = tl.dot(qh, b_s.to(COMPUTE), input_precision=PRECISION)  # [BT, BV]
+        b_o = tl.dot(qh, operand(b_s, IO), input_precision=PRECISION)  # [BT, BV]
         b_a = tl.dot(qh, tl.trans(kh), input_precision=PRECISION)  # [BT, BT]
         b_s = tl.dot(tl.trans(kh), b_v, b_s, input_precision=PRECISION)
-        b_a = tl.where(m_tri, b_a, 0.0).to(COMPUTE)
+        b_a = operand(tl.where(m_tri, b_a, 0.0), IO)
         b_o = tl.dot(b_a, b_v, b_o, input_precision=PRECISION)
         b_s = b_s * tl.exp2(b_end)[:, None]
         if TMA:
@@ -206,8 +205,9 @@ def gla_fwd(
                 p_x = rowx[:, None] * (x_t * UR) + o_r[None, :]
                 b_x = tl.load(x + t * row_x + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
                 b_g = lowrank_gate_log2(
-                    b_x, b_w, b_bias, inv_normalizer, clamp_log2, m_t, PRECISION
+                    b_x, b_w, b_bias, inv_normalizer, clamp_log2, BF16, PRECISION
                 )
+                b_g = tl.where(m_t[:, None], b_g, 0.0)
             else:
                 p_g = rowx[:, None] * (g_t * UK) + o_k[None, :]
                 b_g = tl.load(g + t * row_g + p_g, mask=m_tk, other=0.0)
@@ -216,15 +216,15 @@ def gla_fwd(
             p_q = rowx[:, None] * (q_t * UK) + o_k[None, :]
             b_q = tl.load(q + t * row_q + p_q, mask=m_tk, other=0.0).to(tl.float32) * scale
             p_v = rowx[:, None] * (v_t * UV) + o_v[None, :]
-            b_v = tl.load(v + t * row_v + p_v, mask=m_tv, other=0.0).to(COMPUTE)
+            b_v = operand(tl.load(v + t * row_v + p_v, mask=m_tv, other=0.0), IO)
 
             b_cum = exact_block_cumulative(b_g, LOWRANK)
             b_end = tl.min(b_cum, 0)
-            b_a = exact_scores(b_q, b_k, b_cum, BX, COMPUTE, PRECISION)
-            b_a = tl.where(rowx[:, None] >= rowx[None, :], b_a, 0.0).to(COMPUTE)
-            qh = (b_q * tl.exp2(b_cum)).to(COMPUTE)
-            kh = (b_k * tl.exp2(b_end[None, :] - b_cum)).to(COMPUTE)
-            b_o = tl.dot(qh, b_s.to(COMPUTE), input_precision=PRECISION)
+            b_a = exact_scores(b_q, b_k, b_cum, BX, IO, PRECISION)
+            b_a = operand(tl.where(rowx[:, None] >= rowx[None, :], b_a, 0.0), IO)
+            qh = operand(b_q * tl.exp2(b_cum), IO)
+            kh = operand(b_k * tl.exp2(b_end[None, :] - b_cum), IO)
+            b_o = tl.dot(qh, operand(b_s, IO), input_precision=PRECISION)
             b_o = tl.dot(b_a, b_v, b_o, input_precision=PRECISION)
             b_s = b_s * tl.exp2(b_end)[:, None]
             b_s = tl.dot(tl.trans(kh), b_v, b_s, input_precision=PRECISION)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from glac.kernel_templates._exact import exact_block_cumulative
-from glac.kernel_templates._gate import cumulative_log2, lowrank_gate_log2
+from glac.kernel_templates._gate import LOG2E, cumulative_log2, lowrank_gate_log2, operand
 from glac.kernel_templates.gla_fwd import START_RANGE_LOG2
 
 
@@ -68,12 +68,12 @@ def gla_fwd_summary(
     BX: tl.constexpr,
     STAGES: tl.constexpr,
     LOWRANK: tl.constexpr,
-    SPLIT: tl.constexpr,
+    BF16: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
-    COMPUTE: tl.constexpr = tl.bfloat16 if v.dtype.element_ty == tl.bfloat16 else tl.float32
+    IO: tl.constexpr = v.dtype.element_ty
 
     pid = tl.program_id(0)
     i_v = pid % NV
@@ -100,7 +100,8 @@ def gla_fwd_summary(
         row_x = x_t.to(tl.int64) * UR
         p_w = (i_h * K + o_k)[None, :] * R + o_r[:, None]
         b_w = tl.load(w + p_w, mask=m_k[None, :] & m_r[:, None], other=0.0)  # [BR, BK]
-        b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0).to(tl.float32)
+        b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
+        b_bias = b_bias.to(tl.float32) * LOG2E
     else:
         g += (i_b * g_b + i_h.to(tl.int64) * g_h) * UK
         row_g = g_t.to(tl.int64) * UK
@@ -116,6 +117,7 @@ def gla_fwd_summary(
     b_s = tl.zeros([BK, BV], dtype=tl.float32)
     b_d = tl.zeros([BK], dtype=tl.float32)
     worst = tl.zeros([BK], dtype=tl.float32)
+    m_cum = m_tri
     for t in tl.range(t_begin, t_end, BT, num_stages=STAGES):
         m_t = t + row < T
         m_tk = m_t[:, None] & m_k[None, :] if BK != K else m_t[:, None]
@@ -123,9 +125,9 @@ def gla_fwd_summary(
         if LOWRANK:
             p_x = row[:, None] * (x_t * UR) + o_r[None, :]
             b_x = tl.load(x + t * row_x + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
-            b_g = lowrank_gate_log2(
-                b_x, b_w, b_bias, inv_normalizer, clamp_log2, m_t, PRECISION
-            )
+            b_g = lowrank_gate_log2(b_x, b_w, b_bias, inv_normalizer, clamp_log2, BF16, PRECISION)
+            # Rows outside the sequence must not decay: cheaper on the triangle than on the gate.
+            m_cum = m_tri & m_t[None, :]
         elif TMA:
             b_g = d_g.load([t, 0])
         else:
@@ -140,12 +142,12 @@ def gla_fwd_summary(
             p_v = row[:, None] * (v_t * UV) + o_v[None, :]
             b_v = tl.load(v + t * row_v + p_v, mask=m_tv, other=0.0)
 
-        b_cum = cumulative_log2(b_g, m_tri, LOWRANK, SPLIT)  # [BT, BK]
+        b_cum = cumulative_log2(b_g, m_cum, LOWRANK, BF16)  # [BT, BK]
         b_end = tl.min(b_cum, 0)  # [BK]
         worst = tl.minimum(worst, b_end)
         b_d += b_end
-        kh = (b_k * tl.exp2(-b_cum)).to(COMPUTE)
-        b_s = tl.dot(tl.trans(kh), b_v.to(COMPUTE), b_s, input_precision=PRECISION)
+        kh = operand(b_k * tl.exp2(-b_cum), IO)
+        b_s = tl.dot(tl.trans(kh), operand(b_v, IO), b_s, input_precision=PRECISION)
         b_s = b_s * tl.exp2(b_end)[:, None]
 
     # Written so that a NaN counts as out of range.
@@ -161,8 +163,9 @@ def gla_fwd_summary(
                 p_x = rowx[:, None] * (x_t * UR) + o_r[None, :]
                 b_x = tl.load(x + t * row_x + p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
                 b_g = lowrank_gate_log2(
-                    b_x, b_w, b_bias, inv_normalizer, clamp_log2, m_t, PRECISION
+                    b_x, b_w, b_bias, inv_normalizer, clamp_log2, BF16, PRECISION
                 )
+                b_g = tl.where(m_t[:, None], b_g, 0.0)
             else:
                 p_g = rowx[:, None] * (g_t * UK) + o_k[None, :]
                 b_g = tl.load(g + t * row_g + p_g, mask=m_tk, other=0.0)
@@ -173,9 +176,9 @@ def gla_fwd_summary(
             b_cum = exact_block_cumulative(b_g, LOWRANK)
             b_end = tl.min(b_cum, 0)
             b_d += b_end
-            kh = (b_k * tl.exp2(b_end[None, :] - b_cum)).to(COMPUTE)
+            kh = operand(b_k * tl.exp2(b_end[None, :] - b_cum), IO)
             b_s = b_s * tl.exp2(b_end)[:, None]
-            b_s = tl.dot(tl.trans(kh), b_v.to(COMPUTE), b_s, input_precision=PRECISION)
+            b_s = tl.dot(tl.trans(kh), operand(b_v, IO), b_s, input_precision=PRECISION)
 
     i_bhs = i_bh.to(tl.int64) * n_seg + i_s
     p_state = o_k[:, None] * V + o_v[None, :]

@@ -1,0 +1,1020 @@
+"""The ``glac`` command.
+
+Results go to stdout; progress, warnings and errors go to stderr. With ``--json`` stdout holds one
+object, ``{"schema": 1, "ok": true, "data": ...}`` or ``{"schema": 1, "ok": false, "error":
+{"code", "message", "hint"}}``. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 something outside
+glac is missing, 130 interrupted.
+
+Help and completion must answer at once and where nothing else is installed. So this module imports
+click and the light tables of glac; commands import what they need when they run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from glac import __version__
+from glac.errors import ConfigError, GlacError, MissingEnvironmentError, PackError
+from glac.gpus import ARCHS, GPUS, GpuSpec
+
+if TYPE_CHECKING:
+    from glac.dispatch import Decision
+    from glac.pack import Pack
+    from glac.problem import Problem
+    from glac.tuned import TunedFile
+
+JSON_SCHEMA = 1
+DEFAULT_BUILD = ("a100", "h100", "h200")
+PROGRAM = "glac"
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# name: (module, attribute, one line for `glac --help`)
+LAZY_COMMANDS: dict[str, tuple[str, str, str]] = {
+    "tune": ("glac.tuning.cli", "tune_command", "Search the fastest right config on a GPU."),
+}
+
+# What brings a module that may be absent.
+_EXTRAS = {
+    "torch": "pip install torch",
+    "numpy": "pip install numpy",
+    "yaml": "pip install pyyaml",
+    "triton": "pip install 'glac[build]'",
+    "optuna": "pip install 'glac[tune]'",
+    "scipy": "pip install 'glac[tune]'",
+    "rich": "pip install 'glac[tune]'",
+    "matplotlib": "pip install 'glac[bench]'",
+}
+
+
+class FailedError(GlacError):
+    """The command ran, and what it looked at is not in order; ``data`` is its full result."""
+
+    code = "failed"
+
+    def __init__(self, message: str, data: object, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.data = data
+
+
+# ---- output ----
+
+
+@dataclass
+class _Terminal:
+    """How this invocation talks; one command runs per process, so there is one of it."""
+
+    json: bool = False
+    verbosity: int = 0
+
+
+_terminal = _Terminal()
+
+
+def _jsonable(value: Any) -> Any:
+    """``value`` as JSON can hold it: no NaN or infinity, paths as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _print_object(content: Mapping[str, Any]) -> None:
+    import json
+
+    document = _jsonable({"schema": JSON_SCHEMA, **content})
+    click.echo(json.dumps(document, indent=1, allow_nan=False))
+
+
+def emit(data: object, text: str) -> None:
+    """Print a command's result: ``text``, or with ``--json`` the object that holds ``data``."""
+    if _terminal.json:
+        _print_object({"ok": True, "data": data})
+    elif text:
+        click.echo(text)
+
+
+def say(text: str) -> None:
+    """Print a part of the result as soon as it is known; nothing with ``--json``."""
+    if not _terminal.json:
+        click.echo(text)
+
+
+def progress(text: str) -> None:
+    """Print what is going on, to stderr; nothing with ``-q``."""
+    if _terminal.verbosity >= 0:
+        click.echo(text, err=True)
+
+
+def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Aligned columns under a header; columns of numbers are flush right."""
+    body = [[str(cell) for cell in row] for row in rows]
+    lines = [list(headers), *body]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    right = [bool(body) and all(_numeric(line[i]) for line in body) for i in range(len(headers))]
+    texts = [
+        "  ".join(
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    texts.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(texts)
+
+
+def _numeric(cell: str) -> bool:
+    return cell == "-" or (cell[:1].isdigit() and all(c in "0123456789.,e+-x%" for c in cell))
+
+
+# ---- errors and exit codes ----
+
+
+def _report(error: GlacError) -> int:
+    if _terminal.json:
+        content: dict[str, Any] = {
+            "ok": False,
+            "error": {"code": error.code, "message": error.message, "hint": error.hint},
+        }
+        if isinstance(error, FailedError):
+            content["data"] = error.data
+        _print_object(content)
+    else:
+        click.echo(f"error: {error.message}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
+    return error.exit_code
+
+
+def _missing_module(error: ModuleNotFoundError) -> GlacError | None:
+    """A missing package as an error with a remedy; ``None`` if the module is one of glac's own."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "glac"):
+        return None
+    return MissingEnvironmentError(
+        f"this command needs the Python package {package}, which is not installed",
+        hint=_EXTRAS.get(package, f"pip install {package}"),
+    )
+
+
+def _usage_error(error: click.ClickException) -> int:
+    context = getattr(error, "ctx", None)
+    if _terminal.json:
+        hint = f"{context.command_path} --help" if context is not None else f"{PROGRAM} --help"
+        code = "usage" if error.exit_code == 2 else "error"
+        content = {"code": code, "message": error.format_message(), "hint": hint}
+        _print_object({"ok": False, "error": content})
+    else:
+        error.show(sys.stderr)
+    return error.exit_code
+
+
+def _unexpected(error: Exception) -> int:
+    name = type(error).__name__
+    internal = GlacError(
+        f"unexpected {name}: {str(error).strip() or 'no message'}",
+        hint="run it again with -vv to see where, and report it with the output of `glac doctor`",
+    )
+    internal.code = "unexpected"
+    return _report(internal)
+
+
+class GlacGroup(click.Group):
+    """A group that loads some commands on demand and turns errors into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *LAZY_COMMANDS})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        known = super().get_command(ctx, cmd_name)
+        if known is not None or cmd_name not in LAZY_COMMANDS:
+            return known
+        module, attribute, _ = LAZY_COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List commands without loading those that are loaded on demand."""
+        rows = []
+        for name in self.list_commands(ctx):
+            if name in LAZY_COMMANDS:
+                rows.append((name, LAZY_COMMANDS[name][2]))
+            else:
+                command = super().get_command(ctx, name)
+                assert command is not None
+                rows.append((name, command.get_short_help_str(limit=70)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        name = prog_name or PROGRAM
+        if not standalone_mode:
+            return super().main(words, name, complete_var, standalone_mode=False, **extra)
+        # Before parsing, so that a usage error is an object too.
+        _terminal.json = "--json" in words
+        _terminal.verbosity = 0
+        sys.exit(self._exit_code(words, name, complete_var, extra))
+
+    def _exit_code(
+        self, words: list[str], name: str, complete_var: str | None, extra: dict[str, Any]
+    ) -> int:
+        try:
+            code = super().main(words, name, complete_var, standalone_mode=False, **extra)
+            return code if isinstance(code, int) else 0
+        except (click.Abort, KeyboardInterrupt):
+            stopped = GlacError("interrupted")
+            stopped.code, stopped.exit_code = "interrupted", 130
+            return _report(stopped)
+        except click.ClickException as error:
+            return _usage_error(error)
+        except Exception as error:
+            if isinstance(error, GlacError):
+                known: GlacError | None = error
+            elif isinstance(error, ModuleNotFoundError):
+                known = _missing_module(error)
+            else:
+                known = None
+            if _terminal.verbosity >= 2 and not _terminal.json:
+                import traceback
+
+                traceback.print_exc()
+            return _report(known) if known else _unexpected(error)
+
+
+# ---- options that every command has ----
+
+
+def _set_json(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    _terminal.json = _terminal.json or value
+
+
+def _set_verbosity(ctx: click.Context, param: click.Parameter, value: int) -> None:
+    if not value:
+        return
+    import logging
+
+    _terminal.verbosity = value if param.name == "verbose" else -value
+    levels = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
+    log = logging.getLogger("glac")
+    log.setLevel(levels[max(-1, min(2, _terminal.verbosity))])
+    for old in [handler for handler in log.handlers if handler.get_name() == PROGRAM]:
+        log.removeHandler(old)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.set_name(PROGRAM)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+
+
+def _verbosity_options(command: Command) -> Command:
+    quiet = click.option(
+        "-q",
+        "--quiet",
+        count=True,
+        expose_value=False,
+        callback=_set_verbosity,
+        help="No progress, only errors.",
+    )
+    verbose = click.option(
+        "-v",
+        "--verbose",
+        count=True,
+        expose_value=False,
+        callback=_set_verbosity,
+        help="Say what is decided and why; -vv adds tracebacks.",
+    )
+    return verbose(quiet(command))
+
+
+def _common_options(command: Command) -> Command:
+    as_json = click.option(
+        "--json",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_set_json,
+        help="Print one JSON object on stdout.",
+    )
+    return _verbosity_options(as_json(command))
+
+
+class ShapeType(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
+    """``B,T,H,K,V``: five positive integers."""
+
+    name = "B,T,H,K,V"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            sizes = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            sizes = ()
+        if len(sizes) != 5 or min(sizes) < 1:
+            self.fail(
+                f"{value!r} is not five positive integers B,T,H,K,V, such as 16,2048,8,128,128",
+                param,
+                ctx,
+            )
+        return sizes
+
+
+GPU_CHOICE = click.Choice(sorted(GPUS), case_sensitive=False)
+DTYPE_CHOICE = click.Choice(["bf16", "fp16", "fp32"])
+GATE_CHOICE = click.Choice(["vector", "lowrank"])
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.group(cls=GlacGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name=PROGRAM)
+@_verbosity_options
+def cli() -> None:
+    """Gated linear attention on precompiled, autotuned GPU kernels.
+
+    Start with `glac quickstart`; ask `glac doctor` when something is odd.
+    """
+
+
+# ---- quickstart ----
+
+
+@cli.command()
+@click.option("--out", type=FOLDER, help="Folder for the pack and the study [in the cache].")
+@click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at a time [all CPUs].")
+@click.option("--no-tune", is_flag=True, help="On a GPU: skip the small study.")
+@click.option("--cpu", is_flag=True, help="Do what a machine without a GPU does.")
+@_common_options
+def quickstart(out: Path | None, jobs: int | None, no_tune: bool, cpu: bool) -> None:
+    """Do the main job once, in minutes, and check it.
+
+    With a GPU: tune a small grid, build a pack, run the operator from it, compare with fp64.
+    Without: cross-build part of the packs, say what an H100 would run, compare PyTorch with fp64.
+    """
+    _need("torch")
+    from glac.quickstart import run_quickstart
+
+    report = run_quickstart(
+        say, progress, out=out, jobs=jobs, tune=not no_tune, use_gpu=False if cpu else None
+    )
+    data = report.to_dict()
+    if not report.useful:
+        raise MissingEnvironmentError(
+            "nothing could be run: " + "; ".join(report.missing), hint="glac doctor"
+        )
+    failed = [run.problem for run in report.runs if not run.passed]
+    if failed:
+        raise FailedError(
+            f"{len(failed)} of {len(report.runs)} results are off: {'; '.join(failed)}",
+            data,
+            hint="glac doctor -v, then report its output with the table above",
+        )
+    emit(data, report.summary())
+
+
+# ---- build ----
+
+
+@cli.command()
+@click.option(
+    "--gpu",
+    "gpus",
+    type=GPU_CHOICE,
+    multiple=True,
+    help=f"GPU to build for, repeatable [{', '.join(DEFAULT_BUILD)}].",
+)
+@click.option("--out", type=FOLDER, help="Folder of the packs [in the cache].")
+@click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at a time [all CPUs].")
+@click.option("--configs", type=FOLDER, help="Folder of tuned YAML files [those shipped].")
+@_common_options
+def build(gpus: tuple[str, ...], out: Path | None, jobs: int | None, configs: Path | None) -> None:
+    """Compile kernel packs from tuned configs; needs no GPU."""
+    from glac.build import build_packs
+    from glac.settings import load_settings
+
+    folder = out or load_settings().build_dir
+    names = list(dict.fromkeys(gpus or DEFAULT_BUILD))
+
+    def on_kernel(done: int, total: int, name: str) -> None:
+        progress(f"[{done}/{total}] {name}")
+
+    try:
+        results = build_packs(names, folder, jobs=jobs, progress=on_kernel, configs_dir=configs)
+    except OSError as error:
+        raise MissingEnvironmentError(
+            f"cannot write {folder}: {error.strerror or error}", hint="choose a folder with --out"
+        ) from None
+    data, texts = [], []
+    for result in results:
+        for warning in result.warnings:
+            progress(f"warning: {warning}")
+        data.append({**_pack_data(result.pack), "warnings": list(result.warnings)})
+        data[-1]["seconds"] = round(result.seconds, 1)
+        texts.append(f"{_pack_title(result.pack)}, {result.seconds:.0f} s\n")
+        texts.append(_kernel_table(result.pack) + "\n")
+    emit({"packs": data}, "\n".join(texts).rstrip())
+
+
+def _kernel_rows(pack: Pack) -> list[dict[str, Any]]:
+    return [
+        {
+            "kernel": kernel.name,
+            "registers": kernel.registers,
+            "spill_bytes": kernel.spill_bytes,
+            "shared": kernel.shared,
+            "size": kernel.size,
+            "sha256": kernel.sha256,
+        }
+        for kernel in sorted(pack.kernels.values(), key=lambda item: item.name)
+    ]
+
+
+def _kernel_table(pack: Pack) -> str:
+    columns = ("kernel", "registers", "spill_bytes", "shared", "size")
+    rows = [[row[column] for column in columns] for row in _kernel_rows(pack)]
+    return format_table(("kernel", "registers", "spills B", "shared B", "size B"), rows)
+
+
+def _pack_title(pack: Pack) -> str:
+    return (
+        f"{pack.path}: {pack.arch}, {len(pack.rows)} rows, {len(pack.kernels)} kernels, "
+        f"triton {pack.toolchain['triton']}, ptxas {pack.toolchain['ptxas']}, "
+        f"driver >= {pack.driver_floor}"
+    )
+
+
+def _pack_data(pack: Pack) -> dict[str, Any]:
+    return {
+        "path": str(pack.path),
+        "arch": pack.arch,
+        "glac": pack.glac,
+        "driver_floor": pack.driver_floor,
+        "toolchain": dict(pack.toolchain),
+        "templates_sha256": pack.templates_sha256,
+        "kernels": _kernel_rows(pack),
+        "rows": [row.to_dict() for row in pack.rows],
+    }
+
+
+# ---- bench ----
+
+
+@cli.command()
+@click.option("--shape", "shapes", type=ShapeType(), multiple=True, help="Repeatable.")
+@click.option("--gate", "gates", type=GATE_CHOICE, multiple=True, help="Repeatable.")
+@click.option(
+    "--impl",
+    "impls",
+    type=click.Choice(["glac", "fla", "fa2", "cudnn"]),
+    multiple=True,
+    help="Repeatable [all].",
+)
+@click.option("--dtype", type=DTYPE_CHOICE, default="bf16", show_default=True)
+@click.option("--gate-dtype", type=DTYPE_CHOICE, help="Of a vector gate [as --dtype].")
+@click.option("--rank", type=int, default=16, show_default=True, help="Of a low-rank gate.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Results file [benchmarks/results/GPU.json].",
+)
+@_common_options
+def bench(
+    shapes: tuple[tuple[int, int, int, int, int], ...],
+    gates: tuple[str, ...],
+    impls: tuple[str, ...],
+    dtype: str,
+    gate_dtype: str | None,
+    rank: int,
+    out: Path | None,
+) -> None:
+    """Time glac beside other implementations; needs a GPU."""
+    _need("torch")
+    from glac import bench as room
+
+    document = room.run_bench(
+        shapes or None,
+        gates or None,
+        impls or room.IMPLS,
+        out=out,
+        dtype=dtype,
+        gate_dtype=gate_dtype,
+        rank=rank,
+        table=False,
+    )
+    say(room.format_table(document["rows"]))
+    ours = [row for row in document["rows"] if row["impl"] == "glac"]
+    failed = [row for row in ours if row["us"] is None]
+    if failed:
+        raise FailedError(
+            f"glac has no time for {len(failed)} of {len(ours)} problems: {failed[0]['note']}",
+            document,
+        )
+    emit(document, "")
+
+
+# ---- explain ----
+
+
+@cli.command()
+@click.argument("shape", type=ShapeType())
+@click.option("--dtype", type=DTYPE_CHOICE, default="bf16", show_default=True)
+@click.option("--gate", type=GATE_CHOICE, default="vector", show_default=True)
+@click.option("--rank", type=int, default=16, show_default=True, help="Of a low-rank gate.")
+@click.option("--gate-dtype", type=DTYPE_CHOICE, help="Of the gate or its bias [as --dtype].")
+@click.option("--gpu", type=GPU_CHOICE, help="Decide for this GPU [the one in this machine].")
+@_common_options
+def explain(
+    shape: tuple[int, int, int, int, int],
+    dtype: str,
+    gate: str,
+    rank: int,
+    gate_dtype: str | None,
+    gpu: str | None,
+) -> None:
+    """Say which kernel serves a problem, and why."""
+    _need("torch")
+    from glac.dispatch import decide
+    from glac.problem import DType, Gate, Problem, Specialisation
+
+    B, T, H, K, V = shape
+    kind, element = Gate(gate), DType(dtype)
+    spec = Specialisation(
+        K, V, element, kind, DType(gate_dtype or dtype), rank if kind is Gate.LOWRANK else 0
+    )
+    problem = Problem(spec, B, T, H)
+    target = GPUS[gpu] if gpu else _device_spec()
+    decision = decide(problem, target)
+    emit(_decision_data(problem, target, decision), _decision_text(problem, target, decision))
+
+
+def _device_spec() -> GpuSpec:
+    import torch
+
+    from glac.dispatch import device_gpu
+
+    if not torch.cuda.is_available():
+        raise MissingEnvironmentError(
+            "PyTorch finds no CUDA GPU in this machine", hint="decide for one by name: --gpu h100"
+        )
+    spec, note = device_gpu(torch.cuda.current_device())
+    if spec is None:
+        raise MissingEnvironmentError(note, hint="decide for another by name: --gpu h100")
+    return spec
+
+
+def _decision_data(problem: Problem, gpu: GpuSpec, decision: Decision) -> dict[str, Any]:
+    return {
+        "problem": str(problem),
+        "gpu": gpu.name,
+        "bucket": problem.bucket.to_dict(),
+        "floor_us": problem.forward_bytes / gpu.copy_bandwidth * 1e6,
+        "provider": decision.provider,
+        "config": decision.config.to_dict() if decision.config else None,
+        "config_id": decision.config_id,
+        "kernels": dict(decision.kernels),
+        "cubin_sha256": decision.cubin_sha,
+        "pack": decision.path,
+        "reason": decision.reason,
+        "tried": list(decision.tried),
+    }
+
+
+def _decision_text(problem: Problem, gpu: GpuSpec, decision: Decision) -> str:
+    bucket = problem.bucket
+    floor = problem.forward_bytes / gpu.copy_bandwidth * 1e6
+    lines = [
+        f"problem    {problem}",
+        f"bucket     about 2^{bucket.bh} heads in flight, about 2^{bucket.t} tokens",
+        f"gpu        {gpu.name} ({gpu.title}, {gpu.arch})",
+        f"floor      {floor:.1f} us to move {problem.forward_bytes / 1e6:.1f} MB once",
+        f"served by  {decision.provider}: {decision.reason}",
+        f"config     {decision.config_id}",
+    ]
+    lines += [f"kernel     {name}" for name in decision.kernels.values()]
+    if decision.path:
+        lines.append(f"pack       {decision.path}")
+    lines += [f"not by     {line}" for line in decision.tried]
+    return "\n".join(lines)
+
+
+# ---- pack ----
+
+
+@cli.group()
+def pack() -> None:
+    """Look into kernel packs and check them."""
+
+
+def _packs_at(path: Path) -> list[Pack]:
+    """The pack at ``path``, or the packs of a folder that ``glac build`` wrote."""
+    from glac.pack import MANIFEST, read_pack
+
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        inner = [path / arch for arch in ARCHS if (path / arch / MANIFEST).is_file()]
+        if inner:
+            return [read_pack(folder) for folder in inner]
+    return [read_pack(path)]
+
+
+@pack.command("show")
+@click.argument("path", type=click.Path(path_type=Path))
+@_common_options
+def pack_show(path: Path) -> None:
+    """List the kernels of a pack and the problems it serves."""
+    packs = _packs_at(path)
+    texts = []
+    for item in packs:
+        rows = [
+            (row.gpu, row.source, row.spec.slug, row.bucket.bh, row.bucket.t, row.config.slug)
+            for row in item.rows
+        ]
+        headers = ("gpu", "source", "problem", "log2 BH", "log2 T", "config")
+        texts += [_pack_title(item) + "\n", format_table(headers, rows) + "\n"]
+        texts.append(_kernel_table(item) + "\n")
+    emit({"packs": [_pack_data(item) for item in packs]}, "\n".join(texts).rstrip())
+
+
+@pack.command("verify")
+@click.argument("path", type=click.Path(path_type=Path))
+@_common_options
+def pack_verify(path: Path) -> None:
+    """Check every field and every byte of a pack."""
+    from glac.templates import templates_sha256
+
+    current = templates_sha256()
+    data, lines = [], []
+    for item in _packs_at(path):
+        size = sum(len(item.read_cubin(name)) for name in item.kernels)
+        fresh = item.templates_sha256 == current
+        data.append({"path": str(item.path), "arch": item.arch, "kernels": len(item.kernels)})
+        data[-1].update(rows=len(item.rows), bytes=size, current_templates=fresh)
+        note = "" if fresh else "; built from other templates than those installed"
+        lines.append(f"ok: {_pack_title(item)}, {size} bytes of code{note}")
+    emit({"packs": data}, "\n".join(lines))
+
+
+# ---- configs ----
+
+
+@cli.group()
+def configs() -> None:
+    """Look into tuned configs and check them."""
+
+
+def _tuned(name: str) -> TunedFile:
+    """A tuned file, by GPU or by path."""
+    from glac.tuned import load_tuned, shipped
+
+    if name.lower() not in GPUS:
+        return load_tuned(Path(name))
+    file = shipped(name.lower())
+    if file is None:
+        raise ConfigError(
+            f"no tuned file came with glac for {name.lower()}",
+            hint=f"glac tune --gpu {name.lower()}; until then it is built with heuristic configs",
+        )
+    return file
+
+
+def _tuned_data(file: TunedFile) -> dict[str, Any]:
+    return {
+        "gpu": file.gpu,
+        "rows": len(file.rows),
+        "measured_on": file.measured_on,
+        "date": file.environment.date,
+        "triton": file.environment.triton,
+        "ptxas": file.environment.ptxas,
+        "driver": file.environment.driver,
+    }
+
+
+@configs.command("list")
+@_common_options
+def configs_list() -> None:
+    """List the tuned files that came with glac."""
+    from glac.tuned import shipped, shipped_names
+
+    files = [file for name in shipped_names() if (file := shipped(name)) is not None]
+    data = [_tuned_data(file) for file in files]
+    text = "no tuned files; `glac build` uses heuristic configs"
+    if data:
+        columns = ("gpu", "rows", "measured_on", "date", "triton", "ptxas")
+        headers = ("gpu", "rows", "measured on", "date", "triton", "ptxas")
+        text = format_table(headers, [[row[column] or "-" for column in columns] for row in data])
+    emit({"files": data}, text)
+
+
+@configs.command("show")
+@click.argument("name", metavar="GPU|PATH")
+@_common_options
+def configs_show(name: str) -> None:
+    """Show the rows of one tuned file."""
+    file = _tuned(name)
+    rows = [
+        (
+            f"{row.problem.B},{row.problem.T},{row.problem.H},{row.spec.K},{row.spec.V}",
+            row.spec.slug,
+            row.config.slug,
+            f"{row.stats.us:.1f}",
+            f"{row.stats.default_us:.1f}",
+            f"{row.stats.error:.1e}",
+            row.stats.candidates,
+        )
+        for row in file.rows
+    ]
+    headers = ("B,T,H,K,V", "problem", "config", "us", "default us", "error", "candidates")
+    env = file.environment
+    title = (
+        f"{file.gpu}: measured on {file.measured_on or 'nothing'}, {env.date}, "
+        f"driver {env.driver or '-'}, triton {env.triton}, ptxas {env.ptxas}"
+    )
+    emit(file.to_dict(), f"{title}\n\n{format_table(headers, rows)}")
+
+
+@configs.command("validate")
+@click.argument("names", nargs=-1, metavar="[GPU|PATH]...")
+@_common_options
+def configs_validate(names: tuple[str, ...]) -> None:
+    """Check tuned files as strictly as the build does; all shipped ones by default."""
+    from glac.tuned import shipped_names
+
+    data, lines = [], []
+    for name in names or shipped_names():
+        file = _tuned(name)
+        data.append({"name": name, "gpu": file.gpu, "rows": len(file.rows)})
+        lines.append(f"ok: {name}: {file.gpu}, {len(file.rows)} rows")
+    emit({"files": data}, "\n".join(lines) or "no tuned files to check")
+
+
+# ---- doctor ----
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One line of ``glac doctor``: ``status`` is ok, warn or fail."""
+
+    name: str
+    status: str
+    text: str
+    hint: str = ""
+
+
+def _version_probe(package: str, distribution: str, status: str, hint: str) -> Probe:
+    """Version of a package from its metadata, and whether it can be imported."""
+    import importlib.metadata
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        return Probe(distribution, status, "not installed", hint)
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        version = "version unknown"
+    return Probe(distribution, "ok", version)
+
+
+def _probe_torch() -> list[Probe]:
+    found = _version_probe("torch", "torch", "fail", "pip install torch")
+    if found.status != "ok":
+        return [found]
+    import torch
+
+    return [Probe("torch", "ok", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}")]
+
+
+def _probe_packages() -> list[Probe]:
+    build, tune = "pip install 'glac[build]'", "pip install 'glac[tune]'"
+    return [
+        _version_probe("numpy", "numpy", "warn", "pip install numpy"),
+        _version_probe("yaml", "PyYAML", "warn", "pip install pyyaml: builds read it"),
+        _version_probe("triton", "triton", "warn", f"{build}: building and tuning need it"),
+        _version_probe("optuna", "optuna", "warn", f"{tune}: tuning needs it"),
+    ]
+
+
+def _probe_gpus() -> list[Probe]:
+    import torch
+
+    from glac.dispatch import device_gpu
+
+    if not torch.cuda.is_available():
+        reason = "none that PyTorch can use"
+        hint = "tensors on the CPU run through PyTorch; packs can be built here"
+        return [Probe("gpu", "warn", reason, hint)]
+    probes = []
+    for index in range(torch.cuda.device_count()):
+        props = torch.cuda.get_device_properties(index)
+        spec, note = device_gpu(index)
+        what = f"{props.name}, {props.major}.{props.minor}, {props.multi_processor_count} SMs"
+        if spec is None:
+            probes.append(Probe(f"gpu {index}", "warn", what, f"{note}; PyTorch serves it"))
+        elif spec.name not in GPUS:
+            probes.append(Probe(f"gpu {index}", "warn", what, note))
+        else:
+            probes.append(Probe(f"gpu {index}", "ok", f"{what}: {spec.name}"))
+    return probes
+
+
+def _probe_driver() -> list[Probe]:
+    from glac.driver import driver_version
+
+    try:
+        major, minor = driver_version()
+    except MissingEnvironmentError as error:
+        return [Probe("driver", "warn", error.message, error.hint)]
+    return [Probe("driver", "ok", f"for CUDA {major}.{minor}")]
+
+
+def _probe_toolchain() -> list[Probe]:
+    import time
+
+    from glac.compile import PINNED_PTXAS, compile_kernel, toolchain
+    from glac.configs import CombineKernelConfig
+    from glac.kernelspec import KernelSpec
+    from glac.problem import DType, Gate, Specialisation
+
+    try:
+        tools = toolchain()
+    except MissingEnvironmentError as error:
+        return [Probe("compiler", "warn", error.message, error.hint)]
+    exact = tools.ptxas == PINNED_PTXAS
+    hint = "" if exact else f"tuned files were certified with ptxas {PINNED_PTXAS}"
+    probes = [Probe("assembler", "ok" if exact else "warn", f"ptxas {tools.ptxas}", hint)]
+    spec = Specialisation(64, 64, DType.BF16, Gate.VECTOR, DType.BF16)
+    started = time.perf_counter()
+    for arch in ARCHS:
+        compile_kernel(KernelSpec("gla_fwd_combine", spec, CombineKernelConfig(), arch), tools)
+    took = time.perf_counter() - started
+    text = f"triton {tools.triton} compiles a kernel for {' and '.join(ARCHS)} ({took:.1f} s)"
+    return [*probes, Probe("compiler", "ok", text)]
+
+
+def _probe_settings() -> list[Probe]:
+    from glac.settings import load_settings
+
+    settings = load_settings()
+    probes = []
+    for folder in settings.pack_path:
+        if not folder.is_dir():
+            hint = f"correct GLAC_PACK_PATH, or make it: glac build --out {folder}"
+            probes.append(Probe("GLAC_PACK_PATH", "warn", f"{folder} is no folder", hint))
+    if settings.require_aot:
+        probes.append(Probe("GLAC_REQUIRE_AOT", "ok", "1: a problem without a pack is an error"))
+    nearest = settings.cache_dir
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    writable = nearest.is_dir() and os.access(nearest, os.W_OK)
+    hint = "" if writable else "set GLAC_CACHE_DIR to a folder that can be written"
+    text = f"{settings.cache_dir}{'' if writable else ' cannot be written'}"
+    return [*probes, Probe("cache", "ok" if writable else "warn", text, hint)]
+
+
+def _probe_packs() -> list[Probe]:
+    from glac.dispatch import pack_folders
+    from glac.pack import read_pack
+    from glac.settings import load_settings
+    from glac.templates import templates_sha256
+
+    settings, current, probes = load_settings(), templates_sha256(), []
+    for path in dict.fromkeys(p for arch in ARCHS for p in pack_folders(settings, arch)):
+        try:
+            found = read_pack(path)
+        except PackError as error:
+            probes.append(Probe("pack", "fail", error.message, error.hint))
+            continue
+        text = f"{path}: {found.arch}, {len(found.rows)} rows, {len(found.kernels)} kernels"
+        if found.templates_sha256 == current:
+            probes.append(Probe("pack", "ok", text))
+        else:
+            probes.append(Probe("pack", "warn", f"{text}, of other templates", "glac build"))
+    if not probes:
+        hint = "glac build; until then kernels are compiled at first use, or PyTorch serves"
+        return [Probe("pack", "warn", "none found", hint)]
+    return probes
+
+
+def _probe_configs() -> list[Probe]:
+    from glac.tuned import shipped, shipped_names
+
+    probes = []
+    for name in shipped_names():
+        try:
+            file = shipped(name)
+        except ConfigError as error:
+            probes.append(Probe("configs", "fail", error.message, error.hint))
+            continue
+        if file is not None:
+            text = f"{name}: {len(file.rows)} rows, measured on {file.measured_on or 'nothing'}"
+            probes.append(Probe("configs", "ok", text))
+    if not probes:
+        return [Probe("configs", "warn", "no tuned files shipped", "glac tune makes them")]
+    return probes
+
+
+PROBES: tuple[tuple[str, Callable[[], list[Probe]]], ...] = (
+    ("torch", _probe_torch),
+    ("packages", _probe_packages),
+    ("gpu", _probe_gpus),
+    ("driver", _probe_driver),
+    ("compiler", _probe_toolchain),
+    ("settings", _probe_settings),
+    ("packs", _probe_packs),
+    ("configs", _probe_configs),
+)
+
+
+def _run_probe(name: str, probe: Callable[[], list[Probe]]) -> list[Probe]:
+    """A probe's lines; whatever goes wrong becomes a line too."""
+    try:
+        return probe()
+    except ModuleNotFoundError as error:
+        package = (error.name or "a module").partition(".")[0]
+        hint = _EXTRAS.get(package, "")
+        return [Probe(name, "warn", f"not looked at: {package} is not installed", hint)]
+    except GlacError as error:
+        return [Probe(name, "fail", error.message, error.hint)]
+    except Exception as error:
+        return [Probe(name, "fail", f"{type(error).__name__}: {str(error).strip()[:300]}")]
+
+
+@cli.command()
+@_common_options
+def doctor() -> None:
+    """Look at everything glac depends on, and judge it."""
+    import platform
+
+    probes = [
+        Probe("glac", "ok", __version__),
+        Probe("python", "ok", f"{platform.python_version()} on {platform.platform()}"),
+    ]
+    for name, look in PROBES:
+        progress(f"looking at {name} ...")
+        probes += _run_probe(name, look)
+    data = {"probes": [vars(probe) for probe in probes]}
+    failed = [probe for probe in probes if probe.status == "fail"]
+    width = max(len(probe.name) for probe in probes)
+    lines = []
+    for probe in probes:
+        lines.append(f"{probe.status:<4}  {probe.name:<{width}}  {probe.text}")
+        if probe.hint and probe.status != "ok":
+            lines.append(f"{'':<4}  {'':<{width}}  hint: {probe.hint}")
+    if failed:
+        say("\n".join(lines))
+        raise FailedError(f"{len(failed)} of {len(probes)} checks failed", data)
+    emit(data, "\n".join(lines))
+
+
+# ---- completion ----
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@_common_options
+def completion(shell: str) -> None:
+    """Print the script that completes `glac` in a shell.
+
+    For example: eval "$(glac completion bash)"
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    script = kind(cli, {}, PROGRAM, "_GLAC_COMPLETE").source()
+    emit({"shell": shell, "script": script}, script.rstrip())
+
+
+def _need(package: str) -> None:
+    """Fail early, with a remedy, where a package is missing."""
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise MissingEnvironmentError(
+            f"this command needs the Python package {package}, which is not installed",
+            hint=_EXTRAS.get(package, f"pip install {package}"),
+        )
+
+
+def main() -> NoReturn:
+    """The console script."""
+    cli.main(prog_name=PROGRAM)
+    raise AssertionError("unreachable: cli.main exits")

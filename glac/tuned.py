@@ -1,0 +1,490 @@
+"""Tuned configurations: one YAML file for each GPU, written by ``glac tune``, read by the build.
+
+The file is data that decides which machine code ships, so reading is strict: unknown, missing and
+repeated keys, wrong types, illegal configs, and rows that contradict themselves are refused, each
+with file, line and field.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from glac.atomic import write_text
+from glac.configs import ForwardConfig, why_illegal
+from glac.errors import ConfigError
+from glac.gpus import ARCHS, GPUS, gpu_by_name
+from glac.kernelspec import forward_kernels
+from glac.problem import Bucket, Problem, Specialisation
+
+SCHEMA = 1
+_HEADER = "# Written by `glac tune`; a hand edit is checked as strictly as a new study.\n"
+_HINT = "run `glac tune` again, or correct the line"
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+_MAX_DEPTH = 16
+_MAX_BYTES = 1 << 24
+_MAX_SIZE = 2**31 - 1
+
+Key = str | int
+Lines = dict[tuple[Key, ...], int]
+
+
+@dataclass(frozen=True)
+class TunedKernel:
+    """One compiled kernel of a row, as it was certified on the device.
+
+    Attributes:
+        name: ``KernelSpec.name``.
+        registers: per thread.
+        spill_bytes: stored to local memory because registers ran out.
+        shared: dynamic shared memory, bytes.
+        cubin_sha256: of the machine code that was checked and timed.
+    """
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared: int
+    cubin_sha256: str
+
+
+@dataclass(frozen=True)
+class TunedStats:
+    """What was measured.
+
+    Attributes:
+        us: median device time of the whole forward pass, microseconds.
+        default_us: the same of the config used without tuning.
+        noise: relative spread of repeated timings.
+        error: relative rms error against fp64.
+        yardstick_error: that of the same-dtype PyTorch form.
+        candidates: configs timed for this row.
+        measured_on: title of the device, empty if never measured.
+    """
+
+    us: float
+    default_us: float
+    noise: float
+    error: float
+    yardstick_error: float
+    candidates: int
+    measured_on: str
+
+
+@dataclass(frozen=True)
+class TunedRow:
+    """The best config found for one problem, which then serves the problem's bucket."""
+
+    problem: Problem
+    config: ForwardConfig
+    stats: TunedStats
+    kernels: tuple[TunedKernel, ...]
+
+    @property
+    def spec(self) -> Specialisation:
+        return self.problem.spec
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.problem.bucket
+
+
+@dataclass(frozen=True)
+class TunedEnvironment:
+    """Where a study ran, all as text. ``commit`` is empty outside a checkout."""
+
+    driver: str
+    torch: str
+    triton: str
+    ptxas: str
+    glac: str
+    commit: str
+    templates_sha256: str
+    date: str
+
+
+@dataclass(frozen=True)
+class TunedFile:
+    """All rows of one GPU.
+
+    Attributes:
+        gpu: a key of ``glac.gpus.GPUS``.
+        measured_on: title of the device the study ran on, empty if never measured.
+        code_path: arch of the code that was timed, empty if never measured.
+        environment: toolchain, driver, commit.
+        rows: one for each specialisation and bucket.
+    """
+
+    gpu: str
+    measured_on: str
+    code_path: str
+    environment: TunedEnvironment
+    rows: tuple[TunedRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file, rows in a stable order."""
+        rows = sorted(self.rows, key=lambda row: (row.spec, row.bucket))
+        return {
+            "schema": SCHEMA,
+            "gpu": self.gpu,
+            "measured_on": self.measured_on,
+            "code_path": self.code_path,
+            "environment": asdict(self.environment),
+            "rows": [
+                {
+                    "spec": row.spec.to_dict(),
+                    "shape": {"B": row.problem.B, "T": row.problem.T, "H": row.problem.H},
+                    "bucket": row.bucket.to_dict(),
+                    "config": row.config.to_dict(),
+                    "stats": asdict(row.stats),
+                    "kernels": [asdict(kernel) for kernel in row.kernels],
+                }
+                for row in rows
+            ],
+        }
+
+
+# PyYAML may be built without libyaml.
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+def _field(path: tuple[Key, ...]) -> str:
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    return text.lstrip(".") or "file"
+
+
+class _Document:
+    """A parsed file: plain values, and the line of each."""
+
+    def __init__(self, text: str, where: str) -> None:
+        self.where = where
+        self.lines: Lines = {(): 1}
+        if len(text) > _MAX_BYTES:
+            raise self.fail((), f"is larger than {_MAX_BYTES} bytes")
+        try:
+            self._scan(text)
+            loader = _Loader(text)
+            try:
+                node = loader.get_single_node()
+                self.data = None if node is None else self._plain(loader, node, ())
+            finally:
+                loader.dispose()
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else 1
+            raise self._error(line, "not YAML", str(error.problem or error.context)) from None
+        except yaml.YAMLError as error:
+            # Characters YAML forbids; libyaml gives no line for them.
+            raise self._error(1, "not YAML", str(error).splitlines()[0]) from None
+
+    def _error(self, line: int, field: str, reason: str, hint: str = _HINT) -> ConfigError:
+        return ConfigError(f"{self.where}:{line}: {field}: {reason}", hint=hint)
+
+    def fail(self, path: tuple[Key, ...], reason: str, hint: str = _HINT) -> ConfigError:
+        """An error about the value at ``path``, or about the nearest one around it."""
+        known = path
+        while known not in self.lines:
+            known = known[:-1]
+        return self._error(self.lines[known], _field(path), reason, hint)
+
+    def _scan(self, text: str) -> None:
+        """Refuse what composing cannot survive or a data file does not need."""
+        depth = 0
+        # Events come one by one; libyaml's composer recurses in C and would crash the process.
+        for event in yaml.parse(text, Loader=_Loader):
+            mark = event.start_mark
+            line = mark.line + 1 if mark else 1
+            if getattr(event, "anchor", None) is not None:
+                raise self._error(line, "file", "anchors and aliases are not used here")
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+                if depth > _MAX_DEPTH:
+                    raise self._error(line, "file", f"nested deeper than {_MAX_DEPTH}")
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+
+    def _plain(self, loader: Any, node: yaml.Node, path: tuple[Key, ...]) -> Any:
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+            mapping: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                line = key_node.start_mark.line + 1
+                if key_node.tag != "tag:yaml.org,2002:str":
+                    raise self._error(line, _field(path), "keys must be plain text")
+                key = str(key_node.value)
+                inner = (*path, key)
+                if key in mapping:
+                    raise self._error(
+                        line, _field(inner), f"is given twice, first on line {self.lines[inner]}"
+                    )
+                self.lines[inner] = line
+                mapping[key] = self._plain(loader, value_node, inner)
+            return mapping
+        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+            return [
+                self._plain(loader, child, (*path, index))
+                for index, child in enumerate(node.value)
+            ]
+        if not isinstance(node, yaml.ScalarNode):
+            raise self.fail(path, f"{node.tag} is not used here")
+        try:
+            return loader.construct_object(node)
+        except yaml.YAMLError:
+            raise
+        except Exception as error:  # such as a date of month 13
+            raise self.fail(path, f"{node.value[:80]!r} is no valid value ({error})") from None
+
+    # Typed access.
+
+    def mapping(self, value: object, keys: tuple[str, ...], path: tuple[Key, ...]) -> Any:
+        if not isinstance(value, dict):
+            raise self.fail(path, f"wanted a mapping, got {_shown(value)}")
+        for key in value:
+            if key not in keys:
+                raise self.fail(
+                    (*path, key), "unknown key", hint=f"the keys are {', '.join(keys)}"
+                )
+        missing = [key for key in keys if key not in value]
+        if missing:
+            raise self.fail(path, f"missing keys: {', '.join(missing)}")
+        return value
+
+    def items(self, value: object, path: tuple[Key, ...]) -> list[Any]:
+        if not isinstance(value, list):
+            raise self.fail(path, f"wanted a list, got {_shown(value)}")
+        return value
+
+    def text(self, value: object, path: tuple[Key, ...]) -> str:
+        if not isinstance(value, str):
+            raise self.fail(path, f"wanted a text, got {_shown(value)}", hint="put it in quotes")
+        return value
+
+    def integer(self, value: object, path: tuple[Key, ...], low: int = 0) -> int:
+        if type(value) is not int or not low <= value <= _MAX_SIZE:
+            raise self.fail(path, f"wanted an integer in {low}..{_MAX_SIZE}, got {_shown(value)}")
+        return value
+
+    def number(self, value: object, path: tuple[Key, ...]) -> float:
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MAX_SIZE:
+            value = float(value)
+        if not isinstance(value, float) or not math.isfinite(value) or value < 0:
+            raise self.fail(path, f"wanted a number >= 0, got {_shown(value)}")
+        return value
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of more digits than Python prints
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))
+
+
+def _kernel(doc: _Document, value: object, path: tuple[Key, ...]) -> TunedKernel:
+    data = doc.mapping(value, _names(TunedKernel), path)
+    sha = doc.text(data["cubin_sha256"], (*path, "cubin_sha256"))
+    if not _HEX64.fullmatch(sha):
+        raise doc.fail((*path, "cubin_sha256"), f"wanted 64 hex digits, got {_shown(sha)}")
+    return TunedKernel(
+        name=doc.text(data["name"], (*path, "name")),
+        registers=doc.integer(data["registers"], (*path, "registers")),
+        spill_bytes=doc.integer(data["spill_bytes"], (*path, "spill_bytes")),
+        shared=doc.integer(data["shared"], (*path, "shared")),
+        cubin_sha256=sha,
+    )
+
+
+def _stats(doc: _Document, value: object, path: tuple[Key, ...]) -> TunedStats:
+    data = doc.mapping(value, _names(TunedStats), path)
+
+    def number(key: str) -> float:
+        return doc.number(data[key], (*path, key))
+
+    return TunedStats(
+        us=number("us"),
+        default_us=number("default_us"),
+        noise=number("noise"),
+        error=number("error"),
+        yardstick_error=number("yardstick_error"),
+        candidates=doc.integer(data["candidates"], (*path, "candidates")),
+        measured_on=doc.text(data["measured_on"], (*path, "measured_on")),
+    )
+
+
+def _row(doc: _Document, value: object, path: tuple[Key, ...], gpu_name: str) -> TunedRow:
+    keys = ("spec", "shape", "bucket", "config", "stats", "kernels")
+    data = doc.mapping(value, keys, path)
+    gpu = GPUS[gpu_name]
+
+    def parsed(cls: Any, key: str) -> Any:
+        try:
+            return cls.from_dict(data[key], key)
+        except ConfigError as error:
+            # The message begins with what it is about: `config.fwd: chunk must be ...`.
+            about, _, reason = error.message.partition(": ")
+            inner = (*path, *about.split("."))
+            raise doc.fail(inner, reason or error.message, error.hint or _HINT) from None
+
+    spec: Specialisation = parsed(Specialisation, "spec")
+    bucket: Bucket = parsed(Bucket, "bucket")
+    config: ForwardConfig = parsed(ForwardConfig, "config")
+    shape = doc.mapping(data["shape"], ("B", "T", "H"), (*path, "shape"))
+    problem = Problem(
+        spec, **{key: doc.integer(shape[key], (*path, "shape", key), low=1) for key in shape}
+    )
+    if bucket != problem.bucket:
+        raise doc.fail(
+            (*path, "bucket"),
+            f"wanted {problem.bucket.to_dict()}, which follows from the shape, "
+            f"got {bucket.to_dict()}",
+        )
+    reason = why_illegal(spec, config, gpu)
+    if reason:
+        raise doc.fail((*path, "config"), f"illegal on {gpu.name}: {reason}")
+    listed = doc.items(data["kernels"], (*path, "kernels"))
+    kernels = tuple(
+        _kernel(doc, item, (*path, "kernels", index)) for index, item in enumerate(listed)
+    )
+    wanted = [kernel.name for kernel in forward_kernels(spec, config, gpu.arch)]
+    got = [kernel.name for kernel in kernels]
+    if got != wanted:
+        raise doc.fail(
+            (*path, "kernels"),
+            f"spec and config ask for {', '.join(wanted)}; got {', '.join(got) or 'none'}",
+        )
+    return TunedRow(problem, config, _stats(doc, data["stats"], (*path, "stats")), kernels)
+
+
+def parse_tuned(text: str, where: str) -> TunedFile:
+    """Read and check the text of a tuned file.
+
+    Args:
+        text: YAML.
+        where: file name for messages.
+
+    Raises:
+        ConfigError: ``where:line: field: reason``, with a hint.
+    """
+    doc = _Document(text, where)
+    head = doc.data if isinstance(doc.data, Mapping) else {}
+    schema = head.get("schema")
+    if type(schema) is int and schema > SCHEMA:
+        raise doc.fail(
+            ("schema",),
+            f"version {_shown(schema)} is newer than this glac reads ({SCHEMA})",
+            hint="upgrade glac",
+        )
+    keys = ("schema", *_names(TunedFile))
+    data = doc.mapping(doc.data, keys, ())
+    if type(schema) is not int or schema != SCHEMA:
+        raise doc.fail(("schema",), f"wanted {SCHEMA}, got {_shown(schema)}")
+    gpu = doc.text(data["gpu"], ("gpu",))
+    if gpu not in GPUS:
+        raise doc.fail(
+            ("gpu",), f"unknown GPU {_shown(gpu)}", hint=f"known GPUs are {', '.join(GPUS)}"
+        )
+    code_path = doc.text(data["code_path"], ("code_path",))
+    if code_path and code_path not in ARCHS:
+        raise doc.fail(("code_path",), f"wanted one of {', '.join(ARCHS)}, got {code_path!r}")
+    names = _names(TunedEnvironment)
+    environment = doc.mapping(data["environment"], names, ("environment",))
+    rows: list[TunedRow] = []
+    first: dict[tuple[Specialisation, Bucket], int] = {}
+    for index, item in enumerate(doc.items(data["rows"], ("rows",))):
+        row = _row(doc, item, ("rows", index), gpu)
+        other = first.setdefault((row.spec, row.bucket), index)
+        if other != index:
+            raise doc.fail(
+                ("rows", index),
+                f"same spec and bucket as rows[{other}] on line {doc.lines['rows', other]}",
+            )
+        rows.append(row)
+    return TunedFile(
+        gpu=gpu,
+        measured_on=doc.text(data["measured_on"], ("measured_on",)),
+        code_path=code_path,
+        environment=TunedEnvironment(
+            **{key: doc.text(environment[key], ("environment", key)) for key in names}
+        ),
+        rows=tuple(rows),
+    )
+
+
+def load_tuned(path: Path | str) -> TunedFile:
+    """Read and check a tuned file.
+
+    Raises:
+        ConfigError: the file cannot be read, or ``file:line: field: reason``.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: file: not UTF-8 ({error})", hint=_HINT) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror or error})",
+            hint="`glac tune --gpu NAME` writes tuned files",
+        ) from None
+    return parse_tuned(text, str(path))
+
+
+def tuned_text(file: TunedFile) -> str:
+    """``file`` as YAML: one line for a config, a shape, a kernel."""
+    body: str = yaml.dump(
+        file.to_dict(), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=99
+    )
+    return _HEADER + body
+
+
+def dump_tuned(file: TunedFile, path: Path | str) -> None:
+    """Write ``file`` to ``path``, all of it or nothing.
+
+    Raises:
+        ConfigError: the content breaks a rule that ``load_tuned`` checks; nothing was written.
+    """
+    text = tuned_text(file)
+    parse_tuned(text, str(path))
+    write_text(path, text)
+
+
+@functools.cache
+def shipped(gpu_name: str) -> TunedFile | None:
+    """The tuned file that came with glac for a GPU, or ``None`` if there is none.
+
+    Raises:
+        ConfigError: the GPU is unknown, or the file is broken.
+    """
+    name = gpu_by_name(gpu_name).name
+    resource = importlib.resources.files("glac.tuned_configs") / f"{name}.yaml"
+    if not resource.is_file():
+        return None
+    where = f"tuned_configs/{name}.yaml"
+    file = parse_tuned(resource.read_text(encoding="utf-8"), where)
+    if file.gpu != name:
+        raise ConfigError(f"{where}: gpu: wanted {name}, got {file.gpu}", hint=_HINT)
+    return file
+
+
+def shipped_names() -> list[str]:
+    """GPUs that a tuned file came for, in alphabetical order."""
+    names = [
+        item.name.removesuffix(".yaml")
+        for item in importlib.resources.files("glac.tuned_configs").iterdir()
+        if item.name.endswith(".yaml")
+    ]
+    return sorted(name for name in names if name in GPUS)

@@ -1,0 +1,509 @@
+"""Row format, timers, failures of rivals, table and plot data: everything that needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from glac import bench
+from glac.errors import ConfigError, MissingEnvironmentError
+from glac.reference import chunk_gla, lowrank_gate
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+PROMISED_COLUMNS = (
+    "op B T H K V dtype gate gate_rank gate_dtype impl us eager_us floor_us error "
+    "config_id cubin_sha date"
+)
+SMALL = (2, 12, 2, 16, 32)
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class FakeClock:
+    """A device and a host that share one clock; calls advance it."""
+
+    def __init__(self) -> None:
+        self.now_us = 0.0
+        self.broken = False
+
+    def spend(self, us: float) -> None:
+        self.now_us += us
+
+    def event(self) -> float:
+        return self.now_us
+
+    def elapsed_us(self, start: float, end: float) -> float:
+        return end - start
+
+    def synchronize(self) -> None:
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        self.now_us += 1.0
+
+    def seconds(self) -> float:
+        return self.now_us / 1e6
+
+
+class Ticking(FakeClock):
+    """Each call of the host's clock takes a while, so CPU work has a duration."""
+
+    def seconds(self) -> float:
+        self.spend(1000.0)
+        return super().seconds()
+
+    def event(self) -> float:
+        self.spend(100.0)
+        return super().event()
+
+
+def harness(clock: bench.Clock | None = None, **options: Any) -> bench.Harness:
+    return bench.Harness(
+        torch.device("cpu"), clock or Ticking(), lambda: None, 4e12, budget_ms=0.0, **options
+    )
+
+
+def remembered(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn``, computed once per q: timing loops call it dozens of times."""
+    last: dict[str, Any] = {"q": None}
+
+    def call(q: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if last["q"] is not q:
+            last.update(q=q, result=fn(q, *args, **options))
+        return last["result"]
+
+    return call
+
+
+def lowrank_gla(
+    q: Any, k: Any, v: Any, x: Any, weight: Any, bias: Any, *, normalizer: float
+) -> Any:
+    g = lowrank_gate(x, weight, bias, num_heads=q.shape[2], normalizer=normalizer)
+    return chunk_gla(q, k, v, g)
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """glac and fla played by the reference, served by a pack."""
+    fla: Any = ModuleType("fla.ops.gla")
+    fla.chunk_gla = remembered(chunk_gla)
+    dispatch: Any = ModuleType("glac.dispatch")
+    dispatch.explain = lambda problem, device: SimpleNamespace(
+        provider="pack", config_id="c32_bv32_w4_s3", cubin_sha="0123abcd", reason="exact bucket"
+    )
+    ours: Any = ModuleType("glac.attention")
+    ours.chunk_gla, ours.chunk_gla_lowrank = remembered(chunk_gla), remembered(lowrank_gla)
+    monkeypatch.setitem(sys.modules, "glac.attention", ours)
+    monkeypatch.setitem(sys.modules, "glac.dispatch", dispatch)
+    monkeypatch.setitem(sys.modules, "fla.ops.gla", fla)
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    return SimpleNamespace(glac=ours, dispatch=dispatch, fla=fla)
+
+
+def run(tmp_path: Path, impls: tuple[str, ...], gates: tuple[str, ...], **options: Any) -> Any:
+    out = tmp_path / "gpu.json"
+    document: dict[str, Any] = {"schema": 1, "env": {}, "command": "glac bench", "rows": []}
+    problems = bench.bench_problems([SMALL], gates)
+    bench.run_problems(problems, impls, harness(**options), document, out)
+    assert json.loads(out.read_text()) == document
+    return document
+
+
+# ---- problems ----
+
+
+def test_default_problems() -> None:
+    problems = bench.bench_problems()
+    assert [p.spec.gate.value for p in problems] == ["vector"] * 5 + ["lowrank"] * 2
+    assert {p.spec.dtype.value for p in problems} == {"bf16"}
+    assert (problems[5].B, problems[5].H, problems[5].spec.rank) == (16, 8, 16)
+
+
+def test_parse_shape() -> None:
+    assert bench.parse_shape("16,2048,8,128,128") == (16, 2048, 8, 128, 128)
+
+
+@pytest.mark.parametrize("text", ["", "1,2,3,4", "1,2,3,4,5,6", "a,2,3,4,5", "0,2,3,4,5"])
+def test_parse_shape_refuses(text: str) -> None:
+    with pytest.raises(ConfigError, match="B,T,H,K,V"):
+        bench.parse_shape(text)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"op": "bwd"},
+        {"impls": ("glac", "nope")},
+        {"impls": ()},
+        {"gates": ("head",)},
+        {"dtype": "int8"},
+        {"shapes": [(1, 1, 1, 512, 16)]},
+        {"shapes": [(0, 1, 1, 16, 16)]},
+    ],
+)
+def test_run_bench_refuses_before_it_needs_a_gpu(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        bench.run_bench(out=tmp_path / "x.json", **options)
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingEnvironmentError, match="GPU") as caught:
+        bench.run_bench(out=tmp_path / "x.json")
+    assert caught.value.exit_code == 3
+    assert "plot.py" in caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+# ---- timers ----
+
+
+def test_time_cuda_is_the_median_without_the_flush() -> None:
+    clock = FakeClock()
+    durations = iter([5.0] * 5 + [10.0, 1000.0, 30.0] * 7)
+
+    us = bench.time_cuda(
+        lambda: clock.spend(next(durations)),
+        lambda: clock.spend(500.0),
+        clock=clock,
+        budget_ms=0.0,
+        min_reps=21,
+    )
+    assert us == 30.0
+
+
+def test_time_host_waits_for_the_device() -> None:
+    clock = FakeClock()
+    us = bench.time_host(
+        lambda: clock.spend(10.0), lambda: clock.spend(500.0), clock=clock, budget_ms=0.0
+    )
+    assert us == pytest.approx(11.0)  # the call and one synchronise
+
+
+@pytest.mark.parametrize(
+    ("budget_ms", "expected"), [(0.0, 20), (100.0, 100), (1e9, 2000)], ids=["min", "mid", "max"]
+)
+def test_repetitions_follow_the_budget(budget_ms: float, expected: int) -> None:
+    clock, calls = FakeClock(), 0
+
+    def fn() -> None:
+        nonlocal calls
+        calls += 1
+        clock.spend(999.5)  # two rounds and one synchronise: 1 ms each
+
+    bench.time_cuda(fn, clock=clock, budget_ms=budget_ms)
+    assert calls - 5 == expected
+
+
+def test_device_time_prefers_the_graph() -> None:
+    clock, log = FakeClock(), []
+
+    def fn() -> torch.Tensor:
+        log.append("eager")
+        clock.spend(50.0)
+        return torch.zeros(1)
+
+    measured = harness(clock, record=lambda fn: lambda: clock.spend(7.0)).device_us(fn)
+    assert measured == (7.0, "")
+    assert not log
+
+
+def test_device_time_without_a_graph_says_so() -> None:
+    clock = FakeClock()
+
+    def fn() -> torch.Tensor:
+        clock.spend(50.0)
+        return torch.zeros(1)
+
+    def refuse(fn: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        raise RuntimeError("a replay leaves its output unwritten")
+
+    us, note = harness(clock, record=refuse).device_us(fn)
+    assert us == 50.0
+    assert "no CUDA graph: RuntimeError: a replay" in note
+
+
+# ---- rows ----
+
+
+def test_columns() -> None:
+    assert " ".join(bench.COLUMNS) == f"{PROMISED_COLUMNS} note"
+
+
+@pytest.mark.usefixtures("fakes")
+def test_rows(tmp_path: Path) -> None:
+    document = run(tmp_path, ("glac", "fla"), ("vector", "lowrank"))
+    rows = document["rows"]
+    assert [(r["gate"], r["impl"]) for r in rows] == [
+        (gate, impl) for gate in ("vector", "lowrank") for impl in ("yardstick", "glac", "fla")
+    ]
+    for row in rows:
+        assert list(row) == list(bench.COLUMNS)
+        assert tuple(row[c] for c in "BTHKV") == SMALL
+        assert row["floor_us"] == pytest.approx(
+            bench.bench_problems([SMALL], [row["gate"]])[0].forward_bytes / 4e12 * 1e6
+        )
+        assert 0 < row["error"] < 2e-2
+        assert (row["us"] is None) == (row["impl"] == "yardstick")
+    ours = rows[1]
+    assert (ours["config_id"], ours["cubin_sha"]) == ("c32_bv32_w4_s3", "0123abcd")
+    assert "first call" in rows[2]["note"]
+    assert "separate gate" in rows[5]["note"]
+    assert (rows[5]["gate_rank"], rows[5]["gate_dtype"]) == (16, "bf16")
+
+
+def test_attention_at_equal_width(tmp_path: Path) -> None:
+    rows = run(tmp_path, ("fa2",), ("vector",))["rows"]
+    assert len(rows) == 1
+    assert "2 heads of 32" in rows[0]["note"]
+    wide = bench.bench_problems([(1, 8, 4, 16, 256)])[0]
+    shapes = {tuple(t.shape) for t in bench.Work(wide, torch.device("cpu")).attention}
+    assert shapes == {(1, 8, 8, 128)}
+
+
+def test_other_providers_are_named(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    fakes.dispatch.explain = lambda problem, device: SimpleNamespace(
+        provider="torch", reason="no pack", config_id="torch-chunk", cubin_sha=""
+    )
+    row = run(tmp_path, ("glac",), ("vector",))["rows"][1]
+    assert "served by torch (no pack)" in row["note"]
+    assert row["cubin_sha"] is None
+
+
+def test_missing_fla_is_a_note(
+    fakes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    for name in ("fla", "fla.ops", "fla.ops.gla"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delenv("FLA_CACHE_RESULTS", raising=False)
+    rows = run(tmp_path, ("fla", "glac"), ("vector",))["rows"]
+    missing = next(r for r in rows if r["impl"] == "fla")
+    assert missing["us"] is None
+    assert "pip install flash-linear-attention" in missing["note"]
+    assert next(r for r in rows if r["impl"] == "glac")["us"] is not None
+    assert "FLA_CACHE_RESULTS" not in os.environ
+
+
+def test_a_failing_rival_stops_nothing(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    def fail(*args: Any) -> Any:
+        raise ValueError("no such luck\nsecond line")
+
+    fakes.fla.chunk_gla = fail
+    rows = run(tmp_path, ("fla", "glac"), ("vector",))["rows"]
+    assert [r["us"] is None for r in rows] == [True, True, False]
+    assert rows[1]["note"] == "ValueError: no such luck"
+
+
+def test_a_dead_gpu_is_named_once_and_not_used_again(
+    fakes: SimpleNamespace, tmp_path: Path
+) -> None:
+    clock = Ticking()
+
+    def crash(*args: Any) -> Any:
+        clock.broken = True
+        raise RuntimeError("illegal memory access")
+
+    fakes.fla.chunk_gla = crash
+    rows = run(tmp_path, ("fla", "glac"), ("vector", "lowrank"), clock=clock)["rows"]
+    notes = {(r["gate"], r["impl"]): r["note"] for r in rows}
+    assert "illegal memory access" in notes["vector", "fla"]
+    assert "in the call of fla" in notes["vector", "glac"]
+    assert "in the call of fla" in notes["lowrank", "yardstick"]
+
+
+def test_a_nan_output_is_a_note(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    fakes.fla.chunk_gla = lambda q, k, v, g: (torch.full_like(v, math.nan), None)
+    row = run(tmp_path, ("fla",), ("vector",))["rows"][0]
+    assert row["error"] is None
+    assert "error is nan" in row["note"]
+
+
+@pytest.mark.usefixtures("fakes")
+def test_the_file_is_replaced_after_each_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    write = bench.write_results
+
+    def watch(path: Path, document: Any) -> None:
+        write(path, document)
+        counts.append(len(json.loads(path.read_text())["rows"]))
+
+    monkeypatch.setattr(bench, "write_results", watch)
+    run(tmp_path, ("glac", "fla"), ("vector",))
+    assert counts == [2, 3]
+    assert [p.name for p in tmp_path.iterdir()] == ["gpu.json"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    bench.write_results(out, {"rows": [1]})
+    with pytest.raises(ValueError, match="JSON"):
+        bench.write_results(out, {"rows": [math.nan]})
+    assert json.loads(out.read_text()) == {"rows": [1]}
+
+
+def test_command_holds_no_folder_of_the_interpreter() -> None:
+    assert bench._command(["/a/b/bin/glac", "bench", "--gate", "x"]) == "glac bench --gate x"
+    assert bench._command(["/a/b/glac/__main__.py", "bench"]) == "glac bench"
+
+
+def test_autotune_patch_is_undone() -> None:
+    autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
+    before = autotuner.__dict__["do_bench"]
+
+    def tune_and_fail() -> None:
+        with bench.quick_autotune():
+            assert isinstance(autotuner.__dict__["do_bench"], property)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        tune_and_fail()
+    assert autotuner.__dict__["do_bench"] is before
+
+
+# ---- table and plot ----
+
+
+def row(impl: str, us: float | None, **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        **{"op": "fwd", "B": 8, "T": 2048, "H": 16, "K": 64, "V": 64, "dtype": "bf16"},
+        **{"gate": "vector", "gate_rank": 0, "gate_dtype": "bf16", "impl": impl, "us": us},
+        **{"eager_us": us, "floor_us": 50.0, "error": None, "config_id": None},
+        **{"cubin_sha": None, "date": "2026-01-02T03:04:05+00:00", "note": ""},
+    }
+    return {**values, **changes}
+
+
+ROWS = [
+    row("yardstick", None, error=2.0e-3),
+    row("glac", 100.0, error=2.1e-3),
+    row("fla", 400.0, error=3e-3),
+    row("cudnn", None, note="RuntimeError: no kernel " + "x" * 80),
+    row("glac", 80.0, gate="lowrank", gate_rank=16, floor_us=40.0),
+]
+
+
+def test_format_table() -> None:
+    lines = bench.format_table(ROWS).splitlines()
+    assert " ".join(lines[0].split()) == "shape gate impl us x floor vs glac error note"
+    assert " ".join(lines[3].split()) == "8,2048,16,64,64 vector glac 100.0 2.00 1.00x 2.1e-03"
+    assert " ".join(lines[4].split()) == "8,2048,16,64,64 vector fla 400.0 8.00 4.00x 3.0e-03"
+    assert lines[5].split()[3:7] == ["-"] * 4
+    assert lines[5].endswith("...")
+    assert lines[6].split()[1:6] == ["lowrank16", "glac", "80.0", "2.00", "1.00x"]
+
+
+def test_format_table_of_nothing() -> None:
+    assert bench.format_table([]).startswith("shape")
+
+
+def document(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    env = {"gpu": "NVIDIA H200", "copy_bandwidth": 4.2e12, "torch": "2.11.0", "glac": "0.1.0"}
+    return {"schema": 1, "env": env, "command": "glac bench", "rows": rows}
+
+
+def test_plot_data_over_floor() -> None:
+    data = script("plot").plot_data(document(ROWS))
+    assert len(data.groups) == 2
+    assert "low-rank gate, R = 16" in data.groups[1]
+    assert [(s.label, s.values) for s in data.series] == [
+        ("glac", (2.0, 2.0)),
+        ("flash-linear-attention", (8.0, None)),
+    ]
+    assert data.floors == (1.0, 1.0)
+    for part in ("NVIDIA H200", "bf16", "2026-01-02", "forward"):
+        assert part in data.title
+
+
+def test_plot_data_in_us() -> None:
+    data = script("plot").plot_data(document(ROWS), "us")
+    assert data.series[0].values == (100.0, 80.0)
+    assert data.floors == (50.0, 40.0)
+
+
+def test_plot_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    source = tmp_path / "h200.json"
+    source.write_text(json.dumps(document(ROWS)))
+    assert script("plot").main([str(source)]) == 0
+    picture = tmp_path / "h200.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.strip() == str(picture)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1}'])
+def test_plot_refuses(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "bad.json"
+    source.write_text(text)
+    assert script("plot").main([str(source)]) == 1
+    assert "bad.json cannot be drawn" in capsys.readouterr().err
+
+
+# ---- warming fla ----
+
+
+class FakeTuner:
+    """As much of Triton's autotuner as the warm-up uses."""
+
+    def __init__(self, configs: int) -> None:
+        self.arg_names = ["q"]
+        self.configs = [
+            SimpleNamespace(all_kwargs=lambda i=i: {"BK": i}, i=i) for i in range(configs)
+        ]
+        self.base_fn = SimpleNamespace(__name__="kernel")
+        self.fn = SimpleNamespace(run=self.compile)
+        self.seen: list[int] = []
+        self.nargs: Any = None
+
+    def prune_configs(self, kwargs: dict[str, Any]) -> list[Any]:
+        return self.configs
+
+    def compile(self, *args: Any, grid: Any, warmup: bool, BK: int) -> None:
+        assert warmup, "a candidate must not be launched"
+        self.seen.append(BK)
+        if BK == 3:
+            raise RuntimeError("out of shared memory")
+
+
+def test_warm_processes_share_the_candidates(tmp_path: Path) -> None:
+    fla_warm = script("fla_warm")
+    tuner = FakeTuner(6)
+    first, second = fla_warm.Compiler(tmp_path), fla_warm.Compiler(tmp_path)
+    for i in (4, 5):
+        path_owner = f" 1 kernel {tuner.configs[i]}"
+        assert second.claim(path_owner)
+    for compiler in (first, second):
+        compiler.run(tuner, 1, grid=(1,), warmup=False)
+    assert sorted(tuner.seen) == [0, 1, 2, 3]
+    assert (first.compiled, second.compiled) == (3, 0)
+    assert "out of shared memory" in first.errors[0]
+    first.run(tuner, 1, grid=(1,), warmup=False)  # the next call may have other dtypes
+    assert len(tuner.seen) == 10
+
+
+def test_warm_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert script("fla_warm").main(["--shape", "1,256,2,64,64"]) == 3
+    assert "no CUDA GPU" in capsys.readouterr().err

@@ -1,0 +1,288 @@
+"""The build: tuned rows as certified, heuristic rows that fit, the same pack with any jobs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from glac import build
+from glac.build import build_packs, build_single
+from glac.compile import CompiledKernel
+from glac.configs import ChunkKernelConfig, ForwardConfig, default_forward, is_legal
+from glac.errors import CompileError, ConfigError, GlacError, MissingEnvironmentError, PackError
+from glac.gpus import GPUS
+from glac.kernelspec import KernelSpec
+from glac.pack import read_pack
+from glac.problem import Problem
+from glac.tuned import TunedFile, dump_tuned
+from tests.helpers_packs import (
+    FAKE_TOOLS,
+    VECTOR,
+    WHOLE,
+    fake_compiled,
+    tuned_file,
+)
+
+TINY = Problem(VECTOR, 2, 512, 16)
+Compiler = Callable[[KernelSpec], CompiledKernel | GlacError]
+
+
+class FakeToolchain:
+    """In place of ``compile_many``: fast, and failing where a test wants it."""
+
+    def __init__(self) -> None:
+        self.compile: Compiler = fake_compiled
+        self.compiled: list[KernelSpec] = []
+
+    def __call__(
+        self,
+        kernels: Iterable[KernelSpec],
+        jobs: int | None = None,
+        on_done: Callable[[KernelSpec, CompiledKernel | GlacError], None] | None = None,
+    ) -> dict[KernelSpec, CompiledKernel | GlacError]:
+        results = {}
+        for kernel in kernels:
+            self.compiled.append(kernel)
+            results[kernel] = self.compile(kernel)
+            if on_done:
+                on_done(kernel, results[kernel])
+        return results
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeToolchain:
+    fake = FakeToolchain()
+    monkeypatch.setattr(build, "compile_many", fake)
+    monkeypatch.setattr(build, "toolchain", lambda: FAKE_TOOLS)
+    return fake
+
+
+@pytest.fixture
+def configs(tmp_path: Path) -> Path:
+    """A folder with a tuned file for h100 alone."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    dump_tuned(tuned_file(), folder / "h100.yaml")
+    return folder
+
+
+def _files(path: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file()
+    }
+
+
+def test_tuned_rows(fake: FakeToolchain, configs: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    (result,) = build_packs(
+        ["h100"], tmp_path / "out", progress=lambda *args: seen.append(args), configs_dir=configs
+    )
+    assert result.path == tmp_path / "out" / "sm_90a"
+    assert read_pack(result.path) == result.pack
+    assert result.warnings == ()
+    assert {row.source for row in result.pack.rows} == {"tuned"}
+    assert {row.measured_on for row in result.pack.rows} == {"Some GPU"}
+    assert [row.config for row in sorted(result.pack.rows, key=lambda r: r.spec.gate)] == [
+        row.config for row in tuned_file().rows
+    ]
+    assert [(done, total) for done, total, _ in seen] == [(i, 4) for i in range(1, 5)]
+    facts = result.facts
+    assert [fact.name for fact in facts] == sorted(result.pack.kernels)
+    assert facts[0].size == len(facts[0].name)
+
+
+def test_one_pack_for_each_arch(fake: FakeToolchain, configs: Path, tmp_path: Path) -> None:
+    # Relatives share code: h200 adds rows but no kernels.
+    results = build_packs(["h200", "h100", "a100", "H100"], tmp_path, configs_dir=configs)
+    assert [result.pack.arch for result in results] == ["sm_80", "sm_90a"]
+    hopper = results[1].pack
+    assert {(row.gpu, row.source) for row in hopper.rows} == {
+        ("h100", "tuned"),
+        ("h200", "heuristic"),
+    }
+    assert len(hopper.rows) == 4
+    assert len(hopper.kernels) == 4
+    ampere = results[0].pack
+    assert {(row.gpu, row.source, row.measured_on) for row in ampere.rows} == {
+        ("a100", "heuristic", "")
+    }
+    assert {(row.spec, row.bucket) for row in ampere.rows} == {
+        (problem.spec, problem.bucket) for problem in build.STANDARD_PROBLEMS
+    }
+
+
+def test_standard_configs_are_legal_everywhere() -> None:
+    for gpu in GPUS.values():
+        for problem in build.STANDARD_PROBLEMS:
+            assert is_legal(problem.spec, default_forward(problem.spec, gpu, problem.bucket), gpu)
+
+
+def test_bad_requests(fake: FakeToolchain, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown GPU 'v100'"):
+        build_packs(["v100"], tmp_path)
+    with pytest.raises(ConfigError, match="no GPU"):
+        build_packs([], tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        build_packs(["h100"], tmp_path, configs_dir=tmp_path / "none")
+    (tmp_path / "h200.yaml").write_text("schema: 1\n")
+    with pytest.raises(ConfigError, match=r"h200\.yaml:\d+: "):
+        build_packs(["h200"], tmp_path / "out", configs_dir=tmp_path)
+    dump_tuned(tuned_file(), tmp_path / "h200.yaml")
+    with pytest.raises(ConfigError, match="gpu: wanted h200, got h100"):
+        build_packs(["h200"], tmp_path / "out", configs_dir=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+# The certified binary.
+
+
+def _other_binary(kernel: KernelSpec) -> CompiledKernel:
+    cubin = b"other" + kernel.name.encode()
+    return replace(fake_compiled(kernel), cubin=cubin, sha256=hashlib.sha256(cubin).hexdigest())
+
+
+def test_other_binary_from_the_same_tools_is_an_error(
+    fake: FakeToolchain, configs: Path, tmp_path: Path
+) -> None:
+    fake.compile = _other_binary
+    with pytest.raises(CompileError, match=r"certified was .* same toolchain") as caught:
+        build_packs(["h100"], tmp_path / "out", configs_dir=configs)
+    assert "glac tune --gpu h100" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["triton", "ptxas", "templates_sha256"])
+def test_other_binary_from_other_tools_is_a_warning(
+    fake: FakeToolchain, configs: Path, tmp_path: Path, what: str
+) -> None:
+    fake.compile = _other_binary
+    file: TunedFile = tuned_file()
+    environment = replace(file.environment, **{what: "1.2.3"})
+    dump_tuned(replace(file, environment=environment), configs / "h100.yaml")
+    (result,) = build_packs(["h100"], tmp_path / "out", configs_dir=configs)
+    (warning,) = result.warnings
+    assert warning.startswith("not the certified binary: 4 kernels of h100.yaml differ")
+    assert f"{what.split('_')[0]} 1.2.3 then" in warning
+
+
+# Kernels that do not compile.
+
+
+def _fails(test: Callable[[ChunkKernelConfig], bool]) -> Compiler:
+    def compiler(kernel: KernelSpec) -> CompiledKernel | GlacError:
+        if isinstance(kernel.config, ChunkKernelConfig) and test(kernel.config):
+            return CompileError(f"{kernel.name} does not fit")
+        return fake_compiled(kernel)
+
+    return compiler
+
+
+def test_heuristics_step_down(
+    fake: FakeToolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "STANDARD_PROBLEMS", (Problem(VECTOR, 8, 2048, 4),))
+    (tmp_path / "none").mkdir()
+    fake.compile = _fails(lambda config: config.num_stages > 1 or config.chunk > 16)
+    (result,) = build_packs(["h100"], tmp_path / "out", configs_dir=tmp_path / "none")
+    (row,) = result.pack.rows
+    config = row.config
+    assert (config.fwd.chunk, config.fwd.num_stages) == (16, 1)
+    assert config.summary == config.fwd
+    assert is_legal(VECTOR, config, GPUS["h100"])
+    assert all("steps down" in warning for warning in result.warnings)
+    assert not any(kernel.kernel.config.num_warps == 0 for kernel in result.pack.kernels.values())
+    assert {k.kernel for k in result.pack.kernels.values()} < set(fake.compiled)
+
+
+def test_heuristic_without_a_way_out_is_left_out(
+    fake: FakeToolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "STANDARD_PROBLEMS", (TINY,))
+    (tmp_path / "none").mkdir()
+    fake.compile = _fails(lambda config: True)
+    (result,) = build_packs(["a100"], tmp_path / "out", configs_dir=tmp_path / "none")
+    assert result.pack.rows == ()
+    assert any(warning.startswith("no kernel for a100 B=2") for warning in result.warnings)
+
+
+def test_tuned_kernel_that_fails_is_an_error(
+    fake: FakeToolchain, configs: Path, tmp_path: Path
+) -> None:
+    fake.compile = _fails(lambda config: True)
+    with pytest.raises(CompileError, match="does not fit"):
+        build_packs(["h100"], tmp_path / "out", configs_dir=configs)
+
+
+def test_missing_tools_are_no_reason_to_step_down(fake: FakeToolchain, tmp_path: Path) -> None:
+    fake.compile = lambda kernel: MissingEnvironmentError("no assembler")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(MissingEnvironmentError):
+        build_packs(["h100"], tmp_path / "out", configs_dir=tmp_path / "none")
+
+
+# The build on a miss.
+
+
+def test_single(fake: FakeToolchain, tmp_path: Path) -> None:
+    gpu = GPUS["h100"]
+    pack, compiled = build_single(TINY, gpu, WHOLE, tmp_path / "p")
+    assert compiled == len(pack.kernels) == 1
+    assert (pack.rows[0].source, pack.rows[0].config) == ("heuristic", WHOLE)
+    again, compiled = build_single(TINY, gpu, WHOLE, tmp_path / "p")
+    assert compiled == 0
+    assert again == pack
+    other = ForwardConfig(replace(WHOLE.fwd, num_warps=4))
+    again, compiled = build_single(TINY, gpu, other, tmp_path / "p")
+    assert compiled == 1
+    assert again.rows[0].config == other
+
+
+def test_single_heals_a_broken_pack(fake: FakeToolchain, tmp_path: Path) -> None:
+    build_single(TINY, GPUS["h100"], WHOLE, tmp_path / "p")
+    (tmp_path / "p" / "manifest.json").write_text("{")
+    pack, compiled = build_single(TINY, GPUS["h100"], WHOLE, tmp_path / "p")
+    assert compiled == 1
+    assert read_pack(tmp_path / "p") == pack
+
+
+def test_single_on_a_gpu_that_is_not_listed(fake: FakeToolchain, tmp_path: Path) -> None:
+    gpu = replace(GPUS["a100"], name="cc86-84sm", title="Small GPU", shared_per_block=3000)
+    fake.compile = lambda kernel: replace(
+        fake_compiled(kernel), shared=2000 * getattr(kernel.config, "num_stages", 1)
+    )
+    config = ForwardConfig(replace(WHOLE.fwd, num_stages=3))
+    pack, compiled = build_single(TINY, gpu, config, tmp_path / "p")
+    assert compiled == 3
+    assert pack.rows[0].config.fwd.num_stages == 1
+    assert pack.rows[0].gpu == "a100"
+    assert len(pack.kernels) == 1
+
+
+def test_single_that_cannot_be(fake: FakeToolchain, tmp_path: Path) -> None:
+    fake.compile = _fails(lambda config: True)
+    with pytest.raises(CompileError, match="no kernel for h100"):
+        build_single(TINY, GPUS["h100"], WHOLE, tmp_path / "p")
+    fake.compile = fake_compiled
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PackError, match="cannot be written"):
+        build_single(TINY, GPUS["h100"], WHOLE, tmp_path / "file" / "p")
+
+
+def test_real_build_is_the_same_with_any_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "STANDARD_PROBLEMS", (TINY,))
+    (tmp_path / "none").mkdir()
+    (first,) = build_packs(["h100"], tmp_path / "a", jobs=1, configs_dir=tmp_path / "none")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    (second,) = build_packs(["h100"], tmp_path / "b", jobs=4, configs_dir=tmp_path / "none")
+    assert first.warnings == ()
+    assert _files(first.path) == _files(second.path)
+    for name in first.pack.kernels:
+        assert first.pack.read_cubin(name).startswith(b"\x7fELF")

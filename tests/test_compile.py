@@ -1,0 +1,147 @@
+"""Cross-compiling on a CPU: facts, determinism, and failures that are told apart."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from glac import compile as glac_compile
+from glac.compile import CompiledKernel, compile_kernel, compile_many, toolchain
+from glac.configs import ChunkKernelConfig, CombineKernelConfig
+from glac.errors import CompileError, GlacError, MissingEnvironmentError
+from glac.gpus import ARCHS, GPUS
+from glac.kernelspec import KernelSpec
+from glac.problem import DType, Gate, Specialisation
+
+SPEC = Specialisation(16, 32, DType.BF16, Gate.VECTOR, DType.BF16)
+CONFIG = ChunkKernelConfig(chunk=16, block_v=32, num_warps=2, num_stages=2)
+COMBINE = KernelSpec("gla_fwd_combine", SPEC, CombineKernelConfig(), "sm_90a")
+
+
+@pytest.fixture
+def fresh_toolchain() -> Iterator[None]:
+    """The toolchain is found once per process."""
+    toolchain.cache_clear()
+    yield
+    toolchain.cache_clear()
+
+
+@pytest.fixture
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a second compilation would only read the first one's file."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHS))
+def test_facts(arch: str) -> None:
+    kernel = KernelSpec("gla_fwd", SPEC, CONFIG, arch)
+    built = compile_kernel(kernel)
+    assert built.kernel == kernel
+    assert built.cubin.startswith(b"\x7fELF")
+    assert built.sha256 == hashlib.sha256(built.cubin).hexdigest()
+    assert built.symbol.encode() in built.cubin
+    assert built.num_warps == 2
+    assert 16 <= built.registers <= 255
+    assert built.spill_bytes == 0
+    assert 0 < built.shared <= 64 * 1024
+    assert built.scratch_bytes == 0
+    assert str(Path(__file__).parents[1]).encode() not in built.cubin
+
+
+def test_same_bytes_twice(no_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kernel = KernelSpec("gla_fwd", SPEC, CONFIG, "sm_90a")
+    first = compile_kernel(kernel)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "other"))
+    second = compile_kernel(kernel)
+    assert first == second
+
+
+def test_every_thread_uses_the_pinned_assembler(
+    no_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Triton's settings are global: threads that set and restore them can undo each other, and a
+    # kernel then comes from Triton's own assembler, which is wrong on Hopper.
+    used = set()
+    run = subprocess.run
+
+    def recording(command: list[str], *args: object, **kwargs: object) -> object:
+        if "ptxas" in str(command[0]):
+            used.add(str(command[0]))
+        return run(command, *args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "run", recording)
+    kernels = [
+        KernelSpec("gla_fwd_combine", SPEC, CombineKernelConfig(256, warps), arch)
+        for warps in (1, 2, 4, 8)
+        for arch in ARCHS
+    ]
+    environment = dict(os.environ)
+    results = compile_many(kernels, jobs=4)
+    assert all(isinstance(result, CompiledKernel) for result in results.values())
+    assert used == {str(toolchain().ptxas_path)}
+    # And nothing of it stays behind for other libraries.
+    assert os.environ.get("TRITON_PTXAS_PATH") == environment.get("TRITON_PTXAS_PATH")
+
+
+def test_failure_is_reported_and_the_rest_goes_on() -> None:
+    broken = KernelSpec("gla_fwd", SPEC, replace(CONFIG, chunk=24), "sm_90a")
+    done: list[tuple[KernelSpec, CompiledKernel | GlacError]] = []
+    results = compile_many([broken, COMBINE, COMBINE], on_done=lambda *args: done.append(args))
+    assert list(results) == [broken, COMBINE]
+    assert isinstance(results[COMBINE], CompiledKernel)
+    error = results[broken]
+    assert isinstance(error, CompileError)
+    assert broken.name in error.message
+    assert sorted(kernel.name for kernel, _ in done) == sorted([broken.name, COMBINE.name])
+    with pytest.raises(CompileError, match="does not compile"):
+        compile_kernel(broken)
+
+
+def test_nothing_to_compile() -> None:
+    assert compile_many([]) == {}
+
+
+def test_too_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {name: replace(gpu, shared_per_block=1024) for name, gpu in GPUS.items()}
+    monkeypatch.setattr(glac_compile, "GPUS", small)
+    with pytest.raises(CompileError, match="bytes of shared memory, sm_90a has 1024") as caught:
+        compile_kernel(KernelSpec("gla_fwd", SPEC, CONFIG, "sm_90a"))
+    assert "fewer stages" in caught.value.hint
+
+
+def test_missing_assembler(fresh_toolchain: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glac_compile, "_pinned_ptxas", lambda: None)
+    with pytest.raises(
+        MissingEnvironmentError, match=r"ptxas 12\.9\.86 is not installed"
+    ) as caught:
+        compile_many([COMBINE])
+    assert "glac[build]" in caught.value.hint
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo 'release 12.8, V12.8.93'", "miscompiles Hopper"),
+        ("echo hello", "says no version"),
+        ("exit 1", "does not run"),
+    ],
+)
+def test_unfit_assembler(fresh_toolchain: None, tmp_path: Path, script: str, message: str) -> None:
+    ptxas = tmp_path / "ptxas"
+    ptxas.write_text(f"#!/bin/sh\n{script}\n")
+    ptxas.chmod(0o755)
+    with pytest.raises(MissingEnvironmentError, match=message):
+        toolchain(str(ptxas))
+
+
+def test_toolchain_record_has_no_paths() -> None:
+    tools = toolchain()
+    assert set(tools.to_dict()) == {"triton", "ptxas"}
+    assert tools.driver_floor == 525

@@ -1,0 +1,309 @@
+"""Which kernel serves a problem, decided from stand-in packs; settings; what importing loads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glac import dispatch
+from glac.configs import ChunkKernelConfig, ForwardConfig
+from glac.errors import ConfigError, KernelNotFoundError
+from glac.gpus import GPUS
+from glac.pack import Pack, PackRow
+from glac.problem import Bucket, DType, Gate, Problem, Specialisation
+from glac.settings import Settings, load_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = Specialisation(64, 64, DType.BF16, Gate.VECTOR, DType.BF16)
+OTHER = replace(SPEC, K=128)
+H100, H200, A100 = GPUS["h100"], GPUS["h200"], GPUS["a100"]
+PROBLEM = Problem(SPEC, B=2, T=1024, H=16)  # bucket 5, 10
+CONFIG = ForwardConfig(ChunkKernelConfig(32, 64, 4, 2))
+
+
+def row(
+    bh: int = 5,
+    t: int = 10,
+    *,
+    gpu: str = "h100",
+    source: str = "tuned",
+    spec: Specialisation = SPEC,
+) -> PackRow:
+    return PackRow.make(gpu, source, "", spec, Bucket(bh, t), CONFIG)
+
+
+@dataclass(frozen=True)
+class FakeKernel:
+    sha256: str
+
+
+@dataclass(frozen=True)
+class FakePack:
+    path: Path
+    rows: tuple[PackRow, ...]
+    arch: str = "sm_90a"
+    kernels: dict[str, FakeKernel] = field(default_factory=dict)
+
+
+def pack(name: str, *rows: PackRow) -> Pack:
+    kernels = {k: FakeKernel(f"{name}:{k}") for r in rows for k in r.kernels.values()}
+    return cast(Pack, FakePack(Path(name), rows, kernels=kernels))
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("GLAC_CHECKED", "GLAC_REQUIRE_AOT", "GLAC_PACK_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GLAC_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def put(*packs: Pack, refused: Sequence[str] = ()) -> None:
+        found = (tuple(packs), tuple(refused))
+        monkeypatch.setattr(dispatch, "installed_packs", lambda settings, arch: found)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [
+        pytest.param([row(4, 10), row(5, 10), row(6, 10)], 1, id="the exact bucket"),
+        pytest.param([row(9, 10), row(7, 9), row(5, 13)], 1, id="the nearest bucket"),
+        pytest.param([row(6, 10), row(4, 10)], 1, id="a tie goes to the smaller"),
+        pytest.param([row(4, 10), row(5, 11)], 0, id="a tie goes to the smaller, other axis"),
+        pytest.param([row(5, 10, source="heuristic"), row(9, 15)], 1, id="tuned before guessed"),
+        pytest.param([row(5, 10, gpu="h200"), row(8, 14)], 1, id="its own GPU before a relative"),
+        pytest.param(
+            [row(gpu="h100-pcie"), row(7, 12, gpu="h200")], 1, id="the closer relative first"
+        ),
+        pytest.param(
+            [row(source="heuristic"), row(gpu="h200")], 1, id="a relative's tuned before a guess"
+        ),
+        pytest.param([row(spec=OTHER), row(9, 15)], 1, id="only its own specialisation"),
+    ],
+)
+def test_best_row(rows: list[PackRow], best: int) -> None:
+    assert dispatch.best_row(rows, PROBLEM, H100) is rows[best]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"K": 32},
+        {"V": 128},
+        {"gate_dtype": DType.FP32},
+        {"gate": Gate.LOWRANK, "rank": 16},
+        {"dtype": DType.FP16, "gate_dtype": DType.FP16},
+    ],
+)
+def test_another_specialisation_is_no_hit(change: dict[str, Any]) -> None:
+    rows = [row(spec=replace(SPEC, **change))]
+    assert dispatch.best_row(rows, PROBLEM, H100) is None
+    assert dispatch.best_row([], PROBLEM, H100) is None
+
+
+ROWS = st.builds(
+    row,
+    st.integers(0, 12),
+    st.integers(0, 20),
+    gpu=st.sampled_from(["h100", "h200", "h100-pcie"]),
+    source=st.sampled_from(["tuned", "heuristic"]),
+    spec=st.sampled_from([SPEC, OTHER]),
+)
+
+
+@settings(max_examples=50)
+@given(rows=st.lists(ROWS, max_size=6), heads=st.integers(1, 4096), tokens=st.integers(1, 2**20))
+def test_the_best_row_is_beaten_by_none(rows: list[PackRow], heads: int, tokens: int) -> None:
+    problem = Problem(SPEC, 1, tokens, heads)
+    best = dispatch.best_row(rows, problem, H100)
+    hits = [r for r in rows if r.spec == SPEC]
+    if best is None:
+        assert not hits
+        return
+    for other in hits:
+        if (other.source, other.gpu) == (best.source, best.gpu):
+            assert best.bucket.distance(problem.bucket) <= other.bucket.distance(problem.bucket)
+        if other.source == "tuned":
+            assert best.source == "tuned"
+        if (other.source, other.gpu) == (best.source, "h100"):
+            assert best.gpu == "h100"
+
+
+def test_the_first_pack_with_a_row_wins(install: Any) -> None:
+    empty, far, near = pack("empty"), pack("far", row(9, 15)), pack("near", row())
+    install(empty, far, near, refused=["broken: refused"])
+    decision = dispatch.decide(PROBLEM, H100)
+    assert (decision.provider, decision.path) == ("pack", "far")
+    assert decision.config == CONFIG
+    assert decision.config_id == CONFIG.slug
+    main = row().kernels["gla_fwd"]
+    assert decision.kernels == {"gla_fwd": main}
+    assert decision.cubin_sha == f"far:{main}"
+    assert decision.tried == ["broken: refused", f"empty: no row for {SPEC.slug}"]
+    assert "nearest bucket (2^9 heads, 2^15 tokens)" in decision.reason
+
+
+def test_the_reason_names_source_and_gpu(install: Any) -> None:
+    install(pack("p", row(gpu="h200", source="heuristic")))
+    assert dispatch.decide(PROBLEM, H100).reason == "heuristic row of h200, its bucket"
+
+
+@pytest.mark.parametrize("compiler", [False, True])
+def test_a_miss_where_only_packs_are_allowed(
+    install: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: bool
+) -> None:
+    monkeypatch.setenv("GLAC_REQUIRE_AOT", "1")
+    monkeypatch.setenv("GLAC_PACK_PATH", str(tmp_path / "mine"))
+    monkeypatch.setattr(dispatch, "can_build", lambda: compiler)
+    install(pack("other", row(spec=OTHER)), refused=["broken: refused: no manifest"])
+    with pytest.raises(KernelNotFoundError) as caught:
+        dispatch.decide(PROBLEM, H100)
+    text = str(caught.value)
+    for part in (
+        "GLAC_REQUIRE_AOT=1",
+        str(PROBLEM),
+        "h100",
+        "broken: refused: no manifest",
+        f"other: no row for {SPEC.slug}",
+        str(tmp_path / "mine"),
+        str(tmp_path / "cache" / "packs"),
+        str(dispatch.shipped_pack_dir()),
+    ):
+        assert part in text
+    assert "glac tune --gpu h100" in caught.value.hint
+    assert "glac build --gpu h100" in caught.value.hint
+
+
+def test_a_hit_where_only_packs_are_allowed(
+    install: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLAC_REQUIRE_AOT", "1")
+    install(pack("p", row()))
+    assert dispatch.decide(PROBLEM, H100).provider == "pack"
+
+
+def test_a_miss_without_a_compiler_goes_to_pytorch(
+    install: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "can_build", lambda: False)
+    install(pack("other", row(spec=OTHER)))
+    decision = dispatch.decide(PROBLEM, H100)
+    assert (decision.provider, decision.config, decision.cubin_sha) == ("torch", None, "")
+    assert decision.config_id == "torch-chunk"
+    assert decision.reason == "no pack has it and no compiler is installed"
+    assert decision.tried == [f"other: no row for {SPEC.slug}"]
+
+
+@pytest.mark.parametrize("gpu", [H100, H200, A100])
+def test_a_miss_with_a_compiler_is_built(
+    install: Any, monkeypatch: pytest.MonkeyPatch, gpu: Any
+) -> None:
+    monkeypatch.setattr(dispatch, "can_build", lambda: True)
+    install()
+    decision = dispatch.decide(PROBLEM, gpu)
+    assert decision.provider == "build"
+    assert decision.config == dispatch.miss_config(PROBLEM, gpu)
+    assert "compiled at first use" in decision.reason
+
+
+def write_manifest(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+def test_where_packs_are_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(dispatch, "shipped_pack_dir", lambda: tmp_path / "shipped")
+    wanted = [
+        write_manifest(tmp_path / "a pack"),
+        write_manifest(tmp_path / "packs" / "sm_90a"),
+        write_manifest(tmp_path / "cache" / "packs" / "sm_90a"),
+        write_manifest(tmp_path / "shipped" / "sm_90a"),
+    ]
+    write_manifest(tmp_path / "packs" / "sm_80")
+    (tmp_path / "no pack").mkdir()
+    roots = [tmp_path / name for name in ("missing", "no pack", "a pack", "packs")]
+    monkeypatch.setenv("GLAC_PACK_PATH", os.pathsep.join(map(str, roots)))
+    assert dispatch.pack_folders(load_settings(), "sm_90a") == wanted
+
+
+def test_a_broken_pack_is_refused_and_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = write_manifest(tmp_path / "broken")
+    monkeypatch.setenv("GLAC_PACK_PATH", str(folder))
+    dispatch.clear()
+    packs, refused = dispatch.installed_packs(load_settings(), "sm_90a")
+    assert folder not in [p.path for p in packs]
+    assert any(str(folder) in line and "refused" in line for line in refused)
+
+
+def test_settings_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLAC_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert load_settings() == Settings(False, (), Path("/somewhere/glac"), False)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert load_settings().cache_dir == Path.home() / ".cache" / "glac"
+
+
+@pytest.mark.parametrize("name", ["GLAC_REQUIRE_AOT", "GLAC_CHECKED"])
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("1", True), ("TRUE", True), (" yes ", True), ("on", True)]
+    + [("0", False), ("", False), ("no", False), ("Off", False), ("false", False)],
+)
+def test_flags(monkeypatch: pytest.MonkeyPatch, name: str, text: str, wanted: bool) -> None:
+    monkeypatch.setenv(name, text)
+    loaded = load_settings()
+    values = {"GLAC_REQUIRE_AOT": loaded.require_aot, "GLAC_CHECKED": loaded.checked}
+    assert values.pop(name) is wanted
+    assert not any(values.values())
+
+
+@pytest.mark.parametrize("name", ["GLAC_REQUIRE_AOT", "GLAC_CHECKED"])
+@pytest.mark.parametrize("text", ["2", "maybe", "-1", "1.0"])
+def test_a_flag_that_means_nothing(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ConfigError, match=f"{name} must be 0 or 1, got '{text}'") as caught:
+        load_settings()
+    assert f"export {name}=1" in caught.value.hint
+
+
+def test_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLAC_PACK_PATH", os.pathsep.join(["/a", "", "~/b"]))
+    monkeypatch.setenv("GLAC_CACHE_DIR", "~/c")
+    loaded = load_settings()
+    assert loaded.pack_path == (Path("/a"), Path.home() / "b")
+    assert loaded.cache_dir == Path.home() / "c"
+    assert loaded.build_dir == Path.home() / "c" / "packs"
+
+
+@pytest.mark.parametrize("module", ["glac", "glac.attention", "glac.dispatch", "glac.launch"])
+def test_importing_loads_neither_triton_nor_yaml(module: str) -> None:
+    code = (
+        f"import sys, {module}\n"
+        "heavy = {'triton', 'yaml', 'optuna', 'click', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    if module == "glac":
+        code += "assert 'torch' not in sys.modules\n"
+    else:
+        code += "import torch; assert not torch.cuda.is_initialized()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,355 @@
+"""Compile every kernel that a study may need, on any machine, into a folder it can travel in.
+
+    DIR/pack/             the kernels, a pack without rows
+    DIR/candidates.json   problems, their configs, kernels that did not compile and why, toolchain
+
+What was compiled stays compiled: the folder is brought up to date every few dozen kernels and on
+Ctrl-C, and kernels of the same toolchain and templates are never compiled twice.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glac import __version__
+from glac.atomic import write_text
+from glac.configs import ForwardConfig
+from glac.errors import GlacError, PackError, StudyError
+from glac.gpus import ARCHS, GpuSpec
+from glac.kernelspec import KernelSpec, forward_kernels
+from glac.pack import Pack, read_pack, write_pack
+from glac.problem import Problem
+from glac.templates import templates_sha256
+from glac.tuning.space import Space
+from glac.tuning.worker import problem_from_dict, problem_to_dict
+
+if TYPE_CHECKING:
+    from glac.compile import CompiledKernel
+
+SCHEMA = 1
+INDEX = "candidates.json"
+PACK = "pack"
+SAVE_EVERY = 64
+
+OnKernel = Callable[[int, int, int], None]
+"""Called with kernels done, kernels in all, and how many of them failed."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A folder of compiled candidates.
+
+    Attributes:
+        path: of the folder.
+        gpu: the name it was made for; every GPU of the same arch can use it.
+        arch: code target.
+        spaces: problems with their configs, whether they compiled or not.
+        failures: kernel name to the reason why it did not compile.
+        toolchain: versions of ``triton`` and ``ptxas``.
+        templates_sha256: of the kernel sources.
+        commit: of the checkout, empty outside one.
+        complete: whether every kernel was tried.
+    """
+
+    path: Path
+    gpu: str
+    arch: str
+    spaces: tuple[Space, ...]
+    failures: Mapping[str, str]
+    toolchain: Mapping[str, str]
+    templates_sha256: str
+    commit: str
+    complete: bool
+
+    @property
+    def pack_path(self) -> Path:
+        return self.path / PACK
+
+    def read_pack(self) -> Pack:
+        """The compiled kernels.
+
+        Raises:
+            PackError: they are damaged.
+        """
+        return read_pack(self.pack_path)
+
+    def space(self, problem: Problem) -> Space | None:
+        """The configs of ``problem``, or ``None`` if it is not in here."""
+        return next((s for s in self.spaces if s.problem == problem), None)
+
+    def why_missing(self, problem: Problem, config: ForwardConfig, pack: Pack) -> str | None:
+        """Why a config cannot be launched, or ``None`` if all its kernels are there."""
+        for kernel in forward_kernels(problem.spec, config, self.arch):
+            if kernel.name not in pack.kernels:
+                return self.failures.get(kernel.name, f"{kernel.name} was not compiled")
+        return None
+
+
+def current_commit() -> str:
+    """Commit of the checkout that glac runs from, ``-dirty`` appended if files differ, or ''."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        )
+        return done.stdout.strip()
+
+    try:
+        # An installed copy may lie inside somebody else's checkout.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        commit = git("rev-parse", "HEAD")
+        return commit + ("-dirty" if git("status", "--porcelain", "--", str(here.parent)) else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _to_dict(candidates: Candidates) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "glac": __version__,
+        "gpu": candidates.gpu,
+        "arch": candidates.arch,
+        "toolchain": dict(candidates.toolchain),
+        "templates_sha256": candidates.templates_sha256,
+        "commit": candidates.commit,
+        "complete": candidates.complete,
+        "problems": [
+            {
+                "problem": problem_to_dict(space.problem),
+                "default": space.default.to_dict(),
+                "configs": [c.to_dict() for c in space.configs],
+            }
+            for space in candidates.spaces
+        ],
+        "failures": dict(sorted(candidates.failures.items())),
+    }
+
+
+def _from_dict(path: Path, data: Any) -> Candidates:
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"schema must be {SCHEMA}, got {found!r}")
+    spaces = []
+    for index, item in enumerate(data["problems"]):
+        where = f"problems[{index}]"
+        spaces.append(
+            Space(
+                problem_from_dict(item["problem"], where),
+                ForwardConfig.from_dict(item["default"], f"{where}.default"),
+                tuple(ForwardConfig.from_dict(c, f"{where}.configs") for c in item["configs"]),
+            )
+        )
+    if data["arch"] not in ARCHS:
+        raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {data['arch']!r}")
+    return Candidates(
+        path=path,
+        gpu=str(data["gpu"]),
+        arch=str(data["arch"]),
+        spaces=tuple(spaces),
+        failures={str(k): str(v) for k, v in data["failures"].items()},
+        toolchain={key: str(data["toolchain"][key]) for key in ("triton", "ptxas")},
+        templates_sha256=str(data["templates_sha256"]),
+        commit=str(data["commit"]),
+        complete=data["complete"] is True,
+    )
+
+
+def load_candidates(path: Path | str) -> Candidates:
+    """Read the index of a folder that ``compile_candidates`` made.
+
+    Raises:
+        StudyError: there is none, or it is broken.
+    """
+    path = Path(path)
+    index = path / INDEX
+    try:
+        return _from_dict(path, json.loads(index.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise StudyError(
+            f"{index}: no compiled candidates here",
+            hint="make them, on any machine: glac tune --gpu NAME --compile-only DIR",
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, GlacError) as error:
+        reason = error.message if isinstance(error, GlacError) else error
+        raise StudyError(
+            f"{index}: broken: {reason}",
+            hint="make it again: glac tune --gpu NAME --compile-only DIR",
+        ) from None
+
+
+def _reusable(
+    path: Path, arch: str, toolchain: Mapping[str, str], templates: str
+) -> tuple[dict[str, CompiledKernel], dict[str, str]]:
+    """Kernels in the folder that need not be compiled again, and failures known."""
+    from glac.compile import CompiledKernel
+
+    try:
+        old = load_candidates(path)
+        pack = read_pack(path / PACK)
+    except (StudyError, PackError):
+        return {}, {}
+    same = (
+        old.arch == pack.arch == arch
+        and dict(old.toolchain) == dict(pack.toolchain) == dict(toolchain)
+        and old.templates_sha256 == pack.templates_sha256 == templates
+    )
+    if not same:
+        return {}, {}
+    kept = {}
+    for name, kernel in pack.kernels.items():
+        try:
+            cubin = pack.read_cubin(name)
+        except PackError:
+            continue
+        kept[name] = CompiledKernel(
+            kernel=kernel.kernel,
+            cubin=cubin,
+            sha256=kernel.sha256,
+            symbol=kernel.symbol,
+            shared=kernel.shared,
+            registers=kernel.registers,
+            spill_bytes=kernel.spill_bytes,
+            scratch_bytes=kernel.scratch_bytes,
+            num_warps=kernel.num_warps,
+        )
+    return kept, dict(old.failures)
+
+
+def _merge(old: Sequence[Space], new: Sequence[Space]) -> tuple[Space, ...]:
+    """Problems of both; a problem in both keeps the configs of both."""
+    merged = {space.problem: space for space in old}
+    for space in new:
+        before = merged.get(space.problem)
+        extra = before.configs if before else ()
+        configs = tuple(dict.fromkeys((*space.configs, *extra)))
+        merged[space.problem] = Space(space.problem, space.default, configs)
+    return tuple(merged.values())
+
+
+def compile_candidates(
+    spaces: Sequence[Space],
+    gpu: GpuSpec,
+    out_dir: Path | str,
+    jobs: int | None = None,
+    progress: OnKernel | None = None,
+) -> Candidates:
+    """Compile all kernels of all configs and put them in ``out_dir``, beside what it holds.
+
+    Args:
+        spaces: problems and configs.
+        gpu: which they are for.
+        out_dir: a new folder, or one made by this function.
+        jobs: compiler threads; one for each core if None.
+        progress: told of every kernel.
+
+    Returns:
+        What the folder now holds.
+
+    Raises:
+        StudyError: the folder holds something else.
+        MissingEnvironmentError: no compiler.
+        KeyboardInterrupt: after what is compiled was saved.
+    """
+    from glac.compile import compile_many, toolchain
+
+    path = Path(out_dir)
+    if path.exists() and not (path / INDEX).is_file() and any(path.iterdir()):
+        raise StudyError(
+            f"{path}: exists and holds no candidates; it was left as it is",
+            hint="choose another folder",
+        )
+    tools = toolchain()
+    templates = templates_sha256()
+    built, failures = _reusable(path, gpu.arch, tools.to_dict(), templates)
+    old = load_candidates(path).spaces if built or failures else ()
+    merged = _merge(old, spaces)
+    wanted: dict[str, KernelSpec] = {}
+    for space in merged:
+        for config in space.configs:
+            for kernel in forward_kernels(space.problem.spec, config, gpu.arch):
+                wanted[kernel.name] = kernel
+    todo = [k for name, k in wanted.items() if name not in built and name not in failures]
+    path.mkdir(parents=True, exist_ok=True)
+
+    def save(complete: bool) -> Candidates:
+        candidates = Candidates(
+            path,
+            gpu.name,
+            gpu.arch,
+            merged,
+            dict(failures),
+            tools.to_dict(),
+            templates,
+            current_commit(),
+            complete,
+        )
+        # The pack first: an index never names kernels as compiled, it only lists failures.
+        write_pack(path / PACK, gpu.arch, list(built.values()), (), tools)
+        write_text(path / INDEX, json.dumps(_to_dict(candidates), indent=1) + "\n")
+        return candidates
+
+    total = len(todo)
+    counts = {"done": 0, "failed": 0}
+
+    def on_done(kernel: KernelSpec, result: CompiledKernel | GlacError) -> None:
+        counts["done"] += 1
+        if isinstance(result, GlacError):
+            failures[kernel.name] = " ".join(result.message.split())[:400]
+            counts["failed"] += 1
+        else:
+            built[kernel.name] = result
+        if counts["done"] % SAVE_EVERY == 0:
+            save(complete=False)
+        if progress:
+            progress(counts["done"], total, counts["failed"])
+
+    try:
+        compile_many(todo, jobs, on_done)
+    except BaseException:
+        save(complete=False)
+        raise
+    return save(complete=True)
+
+
+def check_usable(candidates: Candidates, gpu: GpuSpec) -> None:
+    """Refuse candidates that this glac, or this GPU, cannot use.
+
+    Raises:
+        StudyError: other arch, or other templates than the ones installed.
+    """
+    if candidates.arch != gpu.arch:
+        raise StudyError(
+            f"{candidates.path}: made for {candidates.gpu} ({candidates.arch}), "
+            f"{gpu.name} needs {gpu.arch}",
+            hint=f"glac tune --gpu {gpu.name} --compile-only DIR",
+        )
+    if candidates.templates_sha256 != templates_sha256():
+        raise StudyError(
+            f"{candidates.path}: compiled from other kernel templates than the ones installed",
+            hint=f"compile again: glac tune --gpu {gpu.name} --compile-only {candidates.path}",
+        )
+
+
+def estimate_seconds(kernels: int, jobs: int) -> float:
+    """Rough compile time: 1.5 s for a kernel and core."""
+    return 1.5 * kernels / max(1, jobs)
+
+
+def kernels_of(spaces: Sequence[Space], arch: str) -> set[KernelSpec]:
+    """Distinct kernels of all configs."""
+    return {
+        kernel
+        for space in spaces
+        for config in space.configs
+        for kernel in forward_kernels(space.problem.spec, config, arch)
+    }

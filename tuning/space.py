@@ -1,0 +1,250 @@
+"""What a study may try: the declared search space of each problem, and named sets of problems.
+
+    chunk     16 32 64 128                block_v   32 64 128 256, at most V padded
+    warps     4 8, and 2 for small tiles  stages    1 2 3 4
+    tma       no, yes (Hopper)            segment   0, and powers of two from 256 to T/2
+
+Two filters make a list of candidates from it. Legality is ``glac.configs.why_illegal``. Pruning
+drops what cannot win, on grounds that are written beside each rule, so that a problem costs
+minutes of compilation and all that is left can be timed. Nothing here needs torch or a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from glac.configs import (
+    CHUNKS,
+    STAGES,
+    ChunkKernelConfig,
+    ForwardConfig,
+    block_k,
+    default_forward,
+    padded_v,
+    why_illegal,
+)
+from glac.errors import ConfigError
+from glac.gpus import GpuSpec
+from glac.problem import DType, Gate, Problem, Specialisation
+
+BLOCKS_V = (32, 64, 128, 256)
+WARPS = (2, 4, 8)
+SMALLEST_SEGMENT = 256
+LONG_SEQUENCE = 8192
+PROGRAMS_PER_SM = 2
+"""Two programs per SM hide each other's latency; with fewer, segments may pay."""
+
+EFFORTS = ("quick", "standard", "full")
+QUICK_CANDIDATES = 12
+EXHAUSTIVE = 150
+"""A space of at most this many configs is timed whole."""
+
+SHAPES: tuple[tuple[int, int, int, int, int], ...] = (
+    (8, 2048, 16, 64, 64),
+    (16, 2048, 8, 128, 128),
+    (4, 4096, 64, 128, 128),
+    (8, 2048, 4, 128, 256),
+    (8, 2048, 4, 256, 512),
+)
+"""B, T, H, K, V of the standard problems."""
+
+
+def make_problem(
+    shape: Sequence[int],
+    gate: Gate = Gate.VECTOR,
+    rank: int = 0,
+    dtype: DType = DType.BF16,
+    gate_dtype: DType | None = None,
+) -> Problem:
+    """The problem of a ``(B, T, H, K, V)`` shape.
+
+    Raises:
+        ConfigError: the shape or the gate is impossible.
+    """
+    if len(shape) != 5 or min(shape) < 1:
+        raise ConfigError(f"a shape is B,T,H,K,V, all positive; got {tuple(shape)}")
+    B, T, H, K, V = shape
+    return Problem(Specialisation(K, V, dtype, gate, gate_dtype or dtype, rank), B, T, H)
+
+
+def _suites() -> dict[str, tuple[Problem, ...]]:
+    vector = tuple(make_problem(shape) for shape in SHAPES)
+    lowrank = tuple(make_problem(SHAPES[i], Gate.LOWRANK, 16) for i in (1, 0))
+    more = tuple(
+        make_problem(shape)
+        for shape in (
+            (1, 2048, 16, 64, 64),
+            (32, 1024, 16, 64, 64),
+            (1, 2048, 8, 128, 128),
+            (2, 8192, 8, 128, 128),
+            (1, 32768, 8, 128, 128),
+            (8, 1024, 32, 128, 128),
+            (1, 8192, 4, 128, 256),
+            (1, 8192, 4, 256, 512),
+        )
+    )
+    wide_gate = (make_problem(SHAPES[1], gate_dtype=DType.FP32),)
+    ranks = tuple(make_problem(SHAPES[1], Gate.LOWRANK, rank) for rank in (32, 64))
+    long_lowrank = (
+        make_problem(SHAPES[2], Gate.LOWRANK, 16),
+        make_problem((1, 2048, 8, 128, 128), Gate.LOWRANK, 16),
+        make_problem(SHAPES[3], Gate.LOWRANK, 16),
+    )
+    halves = (make_problem(SHAPES[1], dtype=DType.FP16), make_problem(SHAPES[0], dtype=DType.FP16))
+    standard = (*vector, *lowrank)
+    return {
+        "quick": (vector[1],),
+        "standard": standard,
+        "full": (*standard, *more, *wide_gate, *ranks, *long_lowrank, *halves),
+    }
+
+
+SUITES: dict[str, tuple[Problem, ...]] = _suites()
+"""Named sets of problems."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """The candidates of one problem.
+
+    Attributes:
+        problem: what is tuned.
+        default: the config used without tuning, always among ``configs``.
+        configs: what is tried, most promising first.
+    """
+
+    problem: Problem
+    default: ForwardConfig
+    configs: tuple[ForwardConfig, ...]
+
+
+def _tiles(spec: Specialisation, gpu: GpuSpec) -> Iterator[ChunkKernelConfig]:
+    for chunk in CHUNKS:
+        for block_v in BLOCKS_V:
+            for warps in WARPS:
+                for stages in STAGES:
+                    yield ChunkKernelConfig(chunk, block_v, warps, stages)
+                    if gpu.capability >= (9, 0):
+                        yield ChunkKernelConfig(chunk, block_v, warps, stages, tma=True)
+
+
+def _worth_compiling(config: ChunkKernelConfig, spec: Specialisation, gpu: GpuSpec) -> bool:
+    """Rules of thumb measured on Hopper at K = V = 128; each cuts where losers were far behind."""
+    rows, width = block_k(spec), min(padded_v(spec), BLOCKS_V[-1])
+    narrow_v = min(padded_v(spec), 32)
+    state = rows * config.block_v // (32 * config.num_warps)  # registers per thread
+    if state > 128:  # with the operands beside it, it lives in local memory
+        return False
+    if config.num_warps == 2 and (rows * config.block_v > 64 * 64 or config.chunk > 32):
+        return False
+    if config.num_warps == 8 and rows * config.block_v < 64 * 64:  # threads with nothing to hold
+        return False
+    # q, k and gate are read once per V tile: more than four tiles only adds traffic.
+    if config.block_v < max(narrow_v, width // 4):
+        return False
+    if config.chunk == 128 and (config.num_stages > 2 or rows * config.block_v > 128 * 64):
+        return False  # shared memory rises fast with the chunk
+    if config.chunk == 64 and config.num_stages > 3:
+        return False
+    if config.num_stages == 1 and (config.tma or config.chunk < 32):
+        return False  # no overlap of copies with so little work per chunk
+    # Descriptors pay by freeing registers of address arithmetic: only in a pipeline, on wide tiles.
+    return not (config.tma and (config.num_stages < 2 or config.block_v < min(64, padded_v(spec))))
+
+
+def _prior(config: ForwardConfig, problem: Problem, gpu: GpuSpec) -> float:
+    """Smaller is more promising: distance from what has been fast on Hopper."""
+    spec, fwd = problem.spec, config.fwd
+    size = 1 if spec.dtype is not DType.FP32 else 2
+    block_v = min(padded_v(spec), max(32, 128 * 128 // (block_k(spec) * size)))
+    chunk = 32 if spec.dtype is DType.BF16 else 16
+    cost = abs(math.log2(fwd.chunk / chunk)) + 1.5 * abs(math.log2(fwd.block_v / block_v))
+    state = block_k(spec) * fwd.block_v // (32 * fwd.num_warps)
+    cost += 0.7 * abs(math.log2(state / 128)) if state >= 32 else 1.5
+    cost += 0.5 * abs(fwd.num_stages - 3) + (0.4 if fwd.tma else 0.0)
+    programs = problem.B * problem.H * math.ceil(spec.V / fwd.block_v)
+    if config.segment:
+        programs *= config.segments(problem.T)
+        cost += 0.8 + (1.0 if config.segment < 8 * fwd.chunk else 0.0)
+    empty = math.log2(gpu.sm_count / programs)
+    return cost + max(0.0, empty) + 0.5 * max(0.0, 1.0 + empty)
+
+
+def _segment_lengths(problem: Problem, gpu: GpuSpec) -> list[int]:
+    """Segment lengths worth a try: they must raise the number of programs towards full waves."""
+    spec = problem.spec
+    heads = problem.B * problem.H
+    tiles = math.ceil(spec.V / min(padded_v(spec), 128))
+    wave = PROGRAMS_PER_SM * gpu.sm_count
+    if heads * tiles >= 0.9 * wave and problem.T < LONG_SEQUENCE:
+        return []
+    lengths = []
+    length = SMALLEST_SEGMENT
+    while 2 * length <= problem.T:
+        # Beyond 16 waves shorter segments only add summaries.
+        if heads * tiles * math.ceil(problem.T / length) <= 16 * wave:
+            lengths.append(length)
+        length *= 2
+    return lengths[-6:]
+
+
+def space(problem: Problem, gpu: GpuSpec, effort: str = "standard") -> Space:
+    """The candidates of ``problem`` on ``gpu``, the most promising first.
+
+    Args:
+        problem: what is tuned.
+        gpu: where.
+        effort: ``quick`` keeps the ``QUICK_CANDIDATES`` best by rule of thumb.
+
+    Raises:
+        ConfigError: unknown effort.
+    """
+    if effort not in EFFORTS:
+        raise ConfigError(f"effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
+    spec = problem.spec
+    default = default_forward(spec, gpu, problem.bucket)
+    tiles = [
+        tile
+        for tile in _tiles(spec, gpu)
+        if why_illegal(spec, ForwardConfig(tile), gpu) is None
+        and _worth_compiling(tile, spec, gpu)
+    ]
+    single = [ForwardConfig(tile) for tile in tiles]
+    # A segmented run repeats part of the work, so only tiles that are good at walking chunks, each
+    # with a summary kernel of the same tile.
+    single.sort(key=lambda c: (_prior(c, problem, gpu), c.slug))
+    lengths = _segment_lengths(problem, gpu)
+    room = min(60, max(20, EXHAUSTIVE - len(single) - 1)) // max(1, len(lengths))
+    walkers = [c.fwd for c in single if c.fwd.num_stages >= 2][:room]
+    split = [ForwardConfig(tile, length, tile) for tile in walkers for length in lengths]
+    legal = [c for c in (*single, *split) if why_illegal(spec, c, gpu) is None]
+    legal = [c for c in dict.fromkeys(legal) if c != default]
+    legal.sort(key=lambda c: (_prior(c, problem, gpu), c.slug))
+    if effort == "quick":
+        # Tiles first: with few tries, segments matter only where the default needs them too.
+        cut = QUICK_CANDIDATES if default.segment else QUICK_CANDIDATES // 3
+        keep = [c for c in legal if c.segment][:cut]
+        legal = [c for c in legal if not c.segment or c in keep][: QUICK_CANDIDATES - 1]
+    return Space(problem, default, (default, *legal))
+
+
+def candidates(problem: Problem, gpu: GpuSpec) -> list[ForwardConfig]:
+    """The whole declared space of ``problem`` after legality and pruning, default first."""
+    return list(space(problem, gpu).configs)
+
+
+def parameters(config: ForwardConfig) -> dict[str, int | bool | str]:
+    """A config as independent choices, for a sampler that looks for structure."""
+    fwd = config.fwd
+    same = config.summary is None or config.summary == fwd
+    return {
+        "chunk": fwd.chunk,
+        "block_v": fwd.block_v,
+        "num_warps": fwd.num_warps,
+        "num_stages": fwd.num_stages,
+        "tma": fwd.tma,
+        "segment": config.segment,
+        "summary": "same" if same else "other",
+    }
