@@ -77,7 +77,7 @@ class _Terminal:
     verbosity: int = 0
 
 
-_terminal = _Terminal()
+terminal = _Terminal()
 
 
 def _jsonable(value: Any) -> Any:
@@ -100,7 +100,7 @@ def _print_object(content: Mapping[str, Any]) -> None:
 
 def emit(data: object, text: str) -> None:
     """Print a command's result: ``text``, or with ``--json`` the object that holds ``data``."""
-    if _terminal.json:
+    if terminal.json:
         _print_object({"ok": True, "data": data})
     elif text:
         click.echo(text)
@@ -108,13 +108,13 @@ def emit(data: object, text: str) -> None:
 
 def say(text: str) -> None:
     """Print a part of the result as soon as it is known; nothing with ``--json``."""
-    if not _terminal.json:
+    if not terminal.json:
         click.echo(text)
 
 
 def progress(text: str) -> None:
     """Print what is going on, to stderr; nothing with ``-q``."""
-    if _terminal.verbosity >= 0:
+    if terminal.verbosity >= 0:
         click.echo(text, err=True)
 
 
@@ -143,7 +143,7 @@ def _numeric(cell: str) -> bool:
 
 
 def _report(error: GlacError) -> int:
-    if _terminal.json:
+    if terminal.json:
         content: dict[str, Any] = {
             "ok": False,
             "error": {"code": error.code, "message": error.message, "hint": error.hint},
@@ -171,7 +171,7 @@ def _missing_module(error: ModuleNotFoundError) -> GlacError | None:
 
 def _usage_error(error: click.ClickException) -> int:
     context = getattr(error, "ctx", None)
-    if _terminal.json:
+    if terminal.json:
         hint = f"{context.command_path} --help" if context is not None else f"{PROGRAM} --help"
         code = "usage" if error.exit_code == 2 else "error"
         content = {"code": code, "message": error.format_message(), "hint": hint}
@@ -231,8 +231,8 @@ class GlacGroup(click.Group):
         if not standalone_mode:
             return super().main(words, name, complete_var, standalone_mode=False, **extra)
         # Before parsing, so that a usage error is an object too.
-        _terminal.json = "--json" in words
-        _terminal.verbosity = 0
+        terminal.json = "--json" in words
+        terminal.verbosity = 0
         sys.exit(self._exit_code(words, name, complete_var, extra))
 
     def _exit_code(
@@ -254,7 +254,7 @@ class GlacGroup(click.Group):
                 known = _missing_module(error)
             else:
                 known = None
-            if _terminal.verbosity >= 2 and not _terminal.json:
+            if terminal.verbosity >= 2 and not terminal.json:
                 import traceback
 
                 traceback.print_exc()
@@ -265,7 +265,7 @@ class GlacGroup(click.Group):
 
 
 def _set_json(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    _terminal.json = _terminal.json or value
+    terminal.json = terminal.json or value
 
 
 def _set_verbosity(ctx: click.Context, param: click.Parameter, value: int) -> None:
@@ -273,10 +273,10 @@ def _set_verbosity(ctx: click.Context, param: click.Parameter, value: int) -> No
         return
     import logging
 
-    _terminal.verbosity = value if param.name == "verbose" else -value
+    terminal.verbosity = value if param.name == "verbose" else -value
     levels = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
     log = logging.getLogger("glac")
-    log.setLevel(levels[max(-1, min(2, _terminal.verbosity))])
+    log.setLevel(levels[max(-1, min(2, terminal.verbosity))])
     for old in [handler for handler in log.handlers if handler.get_name() == PROGRAM]:
         log.removeHandler(old)
     handler = logging.StreamHandler(sys.stderr)
@@ -305,7 +305,7 @@ def _verbosity_options(command: Command) -> Command:
     return verbose(quiet(command))
 
 
-def _common_options(command: Command) -> Command:
+def common_options(command: Command) -> Command:
     as_json = click.option(
         "--json",
         is_flag=True,
@@ -346,7 +346,7 @@ GATE_CHOICE = click.Choice(["vector", "lowrank"])
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
-@click.group(cls=GlacGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(PROGRAM, cls=GlacGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name=PROGRAM)
 @_verbosity_options
 def cli() -> None:
@@ -364,7 +364,7 @@ def cli() -> None:
 @click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at a time [all CPUs].")
 @click.option("--no-tune", is_flag=True, help="On a GPU: skip the small study.")
 @click.option("--cpu", is_flag=True, help="Do what a machine without a GPU does.")
-@_common_options
+@common_options
 def quickstart(out: Path | None, jobs: int | None, no_tune: bool, cpu: bool) -> None:
     """Do the main job once, in minutes, and check it.
 
@@ -406,7 +406,7 @@ def quickstart(out: Path | None, jobs: int | None, no_tune: bool, cpu: bool) -> 
 @click.option("--out", type=FOLDER, help="Folder of the packs [in the cache].")
 @click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at a time [all CPUs].")
 @click.option("--configs", type=FOLDER, help="Folder of tuned YAML files [those shipped].")
-@_common_options
+@common_options
 def build(gpus: tuple[str, ...], out: Path | None, jobs: int | None, configs: Path | None) -> None:
     """Compile kernel packs from tuned configs; needs no GPU."""
     from glac.build import build_packs
@@ -497,7 +497,7 @@ def _pack_data(pack: Pack) -> dict[str, Any]:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Results file [benchmarks/results/GPU.json].",
 )
-@_common_options
+@common_options
 def bench(
     shapes: tuple[tuple[int, int, int, int, int], ...],
     gates: tuple[str, ...],
@@ -542,7 +542,7 @@ def bench(
 @click.option("--rank", type=int, default=16, show_default=True, help="Of a low-rank gate.")
 @click.option("--gate-dtype", type=DTYPE_CHOICE, help="Of the gate or its bias [as --dtype].")
 @click.option("--gpu", type=GPU_CHOICE, help="Decide for this GPU [the one in this machine].")
-@_common_options
+@common_options
 def explain(
     shape: tuple[int, int, int, int, int],
     dtype: str,
@@ -638,7 +638,7 @@ def _packs_at(path: Path) -> list[Pack]:
 
 @pack.command("show")
 @click.argument("path", type=click.Path(path_type=Path))
-@_common_options
+@common_options
 def pack_show(path: Path) -> None:
     """List the kernels of a pack and the problems it serves."""
     packs = _packs_at(path)
@@ -656,7 +656,7 @@ def pack_show(path: Path) -> None:
 
 @pack.command("verify")
 @click.argument("path", type=click.Path(path_type=Path))
-@_common_options
+@common_options
 def pack_verify(path: Path) -> None:
     """Check every field and every byte of a pack."""
     from glac.templates import templates_sha256
@@ -709,7 +709,7 @@ def _tuned_data(file: TunedFile) -> dict[str, Any]:
 
 
 @configs.command("list")
-@_common_options
+@common_options
 def configs_list() -> None:
     """List the tuned files that came with glac."""
     from glac.tuned import shipped, shipped_names
@@ -726,7 +726,7 @@ def configs_list() -> None:
 
 @configs.command("show")
 @click.argument("name", metavar="GPU|PATH")
-@_common_options
+@common_options
 def configs_show(name: str) -> None:
     """Show the rows of one tuned file."""
     file = _tuned(name)
@@ -753,7 +753,7 @@ def configs_show(name: str) -> None:
 
 @configs.command("validate")
 @click.argument("names", nargs=-1, metavar="[GPU|PATH]...")
-@_common_options
+@common_options
 def configs_validate(names: tuple[str, ...]) -> None:
     """Check tuned files as strictly as the build does; all shipped ones by default."""
     from glac.tuned import shipped_names
@@ -958,7 +958,7 @@ def _run_probe(name: str, probe: Callable[[], list[Probe]]) -> list[Probe]:
 
 
 @cli.command()
-@_common_options
+@common_options
 def doctor() -> None:
     """Look at everything glac depends on, and judge it."""
     import platform
@@ -989,7 +989,7 @@ def doctor() -> None:
 
 @cli.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-@_common_options
+@common_options
 def completion(shell: str) -> None:
     """Print the script that completes `glac` in a shell.
 

@@ -121,7 +121,7 @@ def toolchain(ptxas: str | None = None) -> Toolchain:
     if path is None:
         raise MissingEnvironmentError(
             f"the assembler ptxas {PINNED_PTXAS} is not installed",
-            hint="pip install 'glac[build]' brings it; or name another with --ptxas PATH",
+            hint="pip install 'glac[build]' brings it",
         )
     version = _ptxas_version(path)
     if tuple(map(int, version.split(".")[:2])) < OLDEST_HOPPER_PTXAS:

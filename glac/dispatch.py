@@ -92,10 +92,14 @@ def shipped_pack_dir() -> Path:
 
 
 def pack_folders(settings: Settings, arch: str) -> list[Path]:
-    """Where packs of ``arch`` are looked for, in order. A folder may be a pack or hold one."""
+    """Where packs of ``arch`` are, in order: a root may be a pack (folder or zip) or hold one."""
     roots = [*settings.pack_path, settings.build_dir, shipped_pack_dir()]
-    candidates = [path for root in roots for path in (root, root / arch)]
-    return [path for path in candidates if (path / "manifest.json").is_file()]
+    candidates = [path for root in roots for path in (root, root / arch, root / f"{arch}.zip")]
+    return [
+        path
+        for path in candidates
+        if (path / "manifest.json").is_file() or (path.suffix == ".zip" and path.is_file())
+    ]
 
 
 @functools.lru_cache(maxsize=64)
@@ -208,7 +212,10 @@ def _not_found(
 
 def miss_config(problem: Problem, gpu: GpuSpec) -> ForwardConfig:
     """The config for a problem that no pack has: the nearest tuned row's, else the heuristic's."""
-    from glac.tuned import shipped  # YAML: only needed where there is a compiler anyway
+    try:
+        from glac.tuned import shipped  # needs PyYAML, which serving from packs does not
+    except ImportError:
+        return default_forward(problem.spec, gpu, problem.bucket)
 
     for name in (gpu.name, *RELATIVES.get(gpu.name, ())):
         file = shipped(name)

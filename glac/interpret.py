@@ -34,6 +34,8 @@ class InterpretedKernel:
         self._fn = kernel_function(kernel.template)
         self._names = [a.name for a in active_args(kernel.template, kernel.spec)]
         self._constants = constants(kernel.template, kernel.spec, kernel.config)
+        if "INTERPRETED" in self._constants:
+            self._constants["INTERPRETED"] = True  # inline assembly has no interpreter
 
     def run(self, tensors: Sequence[Tensor | None], scalars: Sequence[Any], grid: int) -> None:
         absent = torch.empty(1)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from glac import dispatch
-from glac.cli import DEFAULT_BUILD, format_table
+from glac.cli import DEFAULT_BUILD, format_table, terminal
 from glac.configs import ForwardConfig, default_forward
 from glac.errors import GlacError
 from glac.gpus import GPUS, RELATIVES, GpuSpec
@@ -104,6 +104,7 @@ class Report:
     Attributes:
         mode: ``gpu`` or ``cpu``.
         device: what it ran on.
+        tuned: what the small study found, ``None`` where there was none.
         packs: path, arch and kernels of each pack it built.
         decisions: what dispatch would do on an H100 (without a GPU only).
         runs: the operations that ran.
@@ -113,6 +114,7 @@ class Report:
 
     mode: str
     device: str
+    tuned: dict[str, Any] | None = None
     packs: list[dict[str, Any]] = field(default_factory=list)
     decisions: list[dict[str, Any]] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
@@ -423,8 +425,58 @@ def _build_here(
 def _tune(
     report: Report, gpu: GpuSpec, folder: Path, jobs: int | None, say: Say, progress: Say
 ) -> _Choice | None:
-    """A quick study of one problem; ``None``, and a line in the report, where it cannot run."""
-    raise NotImplementedError
+    """A quick study of one problem; ``None``, and a line in the report, where it cannot run.
+
+    Results stay in ``folder``: a second quickstart goes on where the first one ended.
+    """
+    try:
+        from glac.tuning import run
+        from glac.tuning.progress import Progress
+        from glac.tuning.space import space
+        from glac.tuning.study import import_optuna
+
+        import_optuna()  # before minutes of compiling
+        spaces = [space(TUNED, gpu, "quick")]
+        progress(f"tuning {TUNED}: {len(spaces[0].configs)} candidates")
+        lines = Progress(quiet=terminal.verbosity < 0)
+        candidates = run.compile_with_progress(spaces, gpu, folder / "candidates", jobs, lines)
+        tuned = run.tune(
+            candidates,
+            spaces,
+            gpu,
+            folder / f"{gpu.name}.yaml",
+            effort="quick",
+            device=torch.cuda.current_device(),
+            progress=lines,
+        )
+    except (GlacError, ModuleNotFoundError, OSError) as error:
+        report.missing.append(f"tuning: {_reason(error)}; shipped configs are used")
+        return None
+    study = tuned.report
+    if study.interrupted:
+        raise KeyboardInterrupt
+    result = study.results[0] if study.results else None
+    if result is None or result.choice is None:
+        why = result.error if result and result.error else "no candidate worked"
+        report.missing.append(f"tuning: {why}; shipped configs are used")
+        return None
+    choice = result.choice
+    report.tuned = {
+        "problem": str(TUNED),
+        "config_id": choice.config.slug,
+        "us": choice.us,
+        "default_us": choice.default_us or None,
+        "tried": len(result.outcomes),
+        "counts": result.counts,
+    }
+    untuned = f"untuned {choice.default_us:.1f} us" if choice.default_us else "untuned fails"
+    refused = len(result.outcomes) - result.counts.get("ok", 0)
+    say(f"tuned {TUNED}: {choice.us:.1f} us with {choice.config.slug}, {untuned}")
+    say(f"{len(result.outcomes)} candidates tried, {refused} of them refused\n")
+    compiled = candidates.read_pack()
+    kernels = forward_kernels(TUNED.spec, choice.config, gpu.arch)
+    hashes = {kernel.name: compiled.kernels[kernel.name].sha256 for kernel in kernels}
+    return _Choice(gpu.name, "tuned", study.device.name, TUNED, choice.config, hashes)
 
 
 # ---- running ----

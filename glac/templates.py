@@ -26,7 +26,7 @@ TEMPLATE_DIR = Path(__file__).parent / "kernel_templates"
 
 @dataclass(frozen=True)
 class Arg:
-    """A kernel parameter. ``kind``: io, gate, fp32 or x pointers (``*``), or an i32/fp32 scalar."""
+    """A kernel parameter. ``kind``: an ``*io``, ``*gate`` or ``*fp32`` pointer, ``i32``, ``fp32``."""
 
     name: str
     kind: str
@@ -150,6 +150,7 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
         "BF16": spec.dtype is DType.BF16,
         "PRECISION": "tf32x3" if spec.dtype is DType.FP32 else "tf32",
         "TMA": config.tma,
+        "INTERPRETED": False,
     }
     active = {a.name for a in active_args(template, spec)}
     values.update({a.name: None for a in TEMPLATES[template].args if a.name not in active})

@@ -86,7 +86,7 @@ def operand(x, IO: tl.constexpr):
 
     fp16 inputs: scaled tiles would leave fp16's range, so they stay fp32 and multiply as TF32,
     which has fp16's mantissa. The tensor cores cut TF32 off instead of rounding it, which would
-    nearly triple the error; hence the rounding here. fp32 inputs: three TF32 products, no rounding.
+    nearly triple the error; hence the rounding here. fp32 inputs: three TF32 products, unrounded.
     """
     if IO == tl.bfloat16:
         return x.to(tl.bfloat16)

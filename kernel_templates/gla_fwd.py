@@ -1,6 +1,6 @@
 """Fused forward of gated linear attention: one program walks one segment of one head.
 
-    S_t = diag(exp g_t) S_{t-1} + k_t^T v_t,   o_t = scale * q_t S_t          (arXiv 2312.06635, eq. 4)
+    S_t = diag(exp g_t) S_{t-1} + k_t^T v_t,   o_t = scale * q_t S_t     (arXiv 2312.06635, eq. 4)
 
 in chunks of BT rows, anchored at the chunk's start (G = cumulative gate in the chunk, log2):
 
@@ -10,15 +10,15 @@ in chunks of BT rows, anchored at the chunk's start (G = cumulative gate in the 
 
 The anchor is in range while no channel decays by more than 2^-80 in a chunk. The fast loop only
 keeps the smallest Gend it has seen; if that left the range, the program does its segment again in
-16-row blocks that are exact for every gate, and overwrites what it wrote. So ordinary gates pay one
-[BK] minimum per chunk, and there is no branch in the loop (a branch there cost 13 %).
+16-row blocks that are exact for every gate, and overwrites what it wrote. So ordinary gates pay
+one [BK] minimum per chunk, and there is no branch in the loop (a branch there cost 13 %).
 
 | tensor | shape              | dtype            | layout                                        |
 |--------|--------------------|------------------|-----------------------------------------------|
 | q, k   | [B, T, H, K]       | io               | any b, t, h stride in units of UK, last dim 1 |
 | v      | [B, T, H, V]       | io               | likewise, units of UV                         |
 | g      | [B, T, H, K]       | io or fp32       | likewise (vector gate), natural log, <= 0     |
-| x      | [B, T, R]          | io               | any b, t stride in units of UR (low-rank gate) |
+| x      | [B, T, R]          | io               | any b, t stride in units of UR (low rank)     |
 | w      | [H*K, R]           | io               | contiguous                                    |
 | bias   | [H*K]              | io or fp32       | contiguous, absent when has_bias == 0         |
 | o      | [B, T, H, V]       | io               | contiguous                                    |
@@ -89,6 +89,7 @@ def gla_fwd(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
     IO: tl.constexpr = v.dtype.element_ty
@@ -195,6 +196,18 @@ def gla_fwd(
 
     # Written so that a NaN counts as out of range.
     if not (tl.min(worst, 0) >= -START_RANGE_LOG2):
+        if TMA and not INTERPRETED:
+            # The descriptor stores above are asynchronous: they must have landed before this
+            # overwrites them.
+            tl.inline_asm_elementwise(
+                "cp.async.bulk.wait_group 0; mov.b32 $0, $1;",
+                "=r,r",
+                [t_begin],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+            tl.debug_barrier()
         rowx = tl.arange(0, BX)
         b_s = tl.load(h0 + p_state, mask=m_state & (has_h0 != 0), other=0.0)
         for t in tl.range(t_begin, t_end, BX, num_stages=1):

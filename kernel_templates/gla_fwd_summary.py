@@ -10,7 +10,7 @@ as ``gla_fwd``, without the read-out. The last segment needs no summary.
 | k      | [B, T, H, K]    | io         | any b, t, h stride in units of UK, last dim 1 |
 | v      | [B, T, H, V]    | io         | likewise, units of UV                         |
 | g      | [B, T, H, K]    | io or fp32 | likewise (vector gate), natural log, <= 0     |
-| x      | [B, T, R]       | io         | any b, t stride in units of UR (low-rank gate) |
+| x      | [B, T, R]       | io         | any b, t stride in units of UR (low rank)     |
 | w      | [H*K, R]        | io         | contiguous                                    |
 | bias   | [H*K]           | io or fp32 | contiguous, absent when has_bias == 0         |
 | states | [B, H, S, K, V] | fp32       | contiguous, C_j is written to slot j + 1      |
@@ -71,6 +71,7 @@ def gla_fwd_summary(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
     IO: tl.constexpr = v.dtype.element_ty

@@ -51,7 +51,7 @@ def truth(
             None if x.bias is None else x.bias.double(),
             num_heads=x.q.shape[2],
             normalizer=normalizer,
-            **gate,  # type: ignore[arg-type]
+            **gate,
         )
     h0 = None if x.initial_state is None else x.initial_state.double()
     tensors = (x.q.double(), x.k.double(), x.v.double(), g.double())
@@ -135,7 +135,7 @@ def test_split_with_a_carried_state_is_the_whole(where: int) -> None:
     x = make_inputs(2, 100, 2, 16, 8, dtype=FP32, initial_state=True)
     assert x.g is not None
     o, state = call(x)
-    q, k, v, g = (t.split([where, 100 - where], 1) for t in (x.q, x.k, x.v, x.g))
+    q, k, v, g = (torch.tensor_split(t, [where], 1) for t in (x.q, x.k, x.v, x.g))
     first, carried = chunk_gla(
         q[0], k[0], v[0], g[0], initial_state=x.initial_state, output_final_state=True
     )
@@ -193,7 +193,9 @@ def channels_outermost(t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", [head_first, inside_a_wider_tensor, channels_outermost])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layouts_give_the_same_bits(layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+def test_layouts_give_the_same_bits(
+    layout: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
     x = make_inputs(2, 33, 2, 8, 12, dtype=dtype, initial_state=True)
     assert x.g is not None
     o, state = call(x)

@@ -186,9 +186,7 @@ def test_a_miss_where_only_packs_are_allowed(
     assert "glac build --gpu h100" in caught.value.hint
 
 
-def test_a_hit_where_only_packs_are_allowed(
-    install: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hit_where_only_packs_are_allowed(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLAC_REQUIRE_AOT", "1")
     install(pack("p", row()))
     assert dispatch.decide(PROBLEM, H100).provider == "pack"
@@ -261,8 +259,10 @@ def test_settings_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["GLAC_REQUIRE_AOT", "GLAC_CHECKED"])
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("1", True), ("TRUE", True), (" yes ", True), ("on", True)]
-    + [("0", False), ("", False), ("no", False), ("Off", False), ("false", False)],
+    [
+        *((text, True) for text in ("1", "TRUE", " yes ", "on")),
+        *((text, False) for text in ("0", "", "no", "Off", "false")),
+    ],
 )
 def test_flags(monkeypatch: pytest.MonkeyPatch, name: str, text: str, wanted: bool) -> None:
     monkeypatch.setenv(name, text)
@@ -274,9 +274,7 @@ def test_flags(monkeypatch: pytest.MonkeyPatch, name: str, text: str, wanted: bo
 
 @pytest.mark.parametrize("name", ["GLAC_REQUIRE_AOT", "GLAC_CHECKED"])
 @pytest.mark.parametrize("text", ["2", "maybe", "-1", "1.0"])
-def test_a_flag_that_means_nothing(
-    monkeypatch: pytest.MonkeyPatch, name: str, text: str
-) -> None:
+def test_a_flag_that_means_nothing(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
     monkeypatch.setenv(name, text)
     with pytest.raises(ConfigError, match=f"{name} must be 0 or 1, got '{text}'") as caught:
         load_settings()

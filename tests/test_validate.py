@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from glac import attention
+from glac import attention, dispatch
 from glac.attention import chunk_gla, chunk_gla_lowrank
 from glac.errors import GlacError, InputError, InputTypeError
-from glac.problem import DType, Gate
+from glac.problem import DType, Gate, Specialisation
 from glac.testing import make_inputs
 from glac.validate import check_lowrank, check_vector
 
@@ -63,7 +63,7 @@ def changed(name: str, value: Any) -> Callable[[], Arguments]:
     return lambda: {name: value}
 
 
-def sized(operation: str, device: str = "cpu", **sizes: int) -> Callable[[], Arguments]:
+def sized(operation: str, sizes: dict[str, int], device: str = "cpu") -> Callable[[], Arguments]:
     """Every tensor at other sizes, consistent with each other."""
 
     def make() -> Arguments:
@@ -88,15 +88,16 @@ def sized(operation: str, device: str = "cpu", **sizes: int) -> Callable[[], Arg
 
 
 def bad_tensors(operation: str) -> Iterator[Bad]:
+    words: tuple[str, ...]
     for name in TENSORS[operation]:
         tensor = good(operation)[name]
         shape = SHAPES[name]
         # The other tensors are held against q, so a wrong size of q shows in the first of them.
         blamed = "k" if name == "q" else name
-        for value in ([1.0], 1.0, "q", np.zeros(shape, np.float32)):
-            kind = type(value).__name__
+        for junk in ([1.0], 1.0, "q", np.zeros(shape, np.float32)):
+            kind = type(junk).__name__
             words = (f"{name} must be a torch.Tensor", kind)
-            yield Bad(operation, f"{name}-{kind}", changed(name, value), InputTypeError, words)
+            yield Bad(operation, f"{name}-{kind}", changed(name, junk), InputTypeError, words)
         for other in (tensor.flatten()[0], tensor[None]):
             words = (f"{name} must be [", "dimensions", str(tuple(other.shape)))
             what = f"{name}-rank-{other.dim()}"
@@ -127,24 +128,26 @@ def bad_tensors(operation: str) -> Iterator[Bad]:
 
 
 def bad_sizes(operation: str) -> Iterator[Bad]:
+    words: tuple[str, ...]
     for letter in "BTH":
         words = (f"{letter} must be at least 1", "got")
         what = f"{letter}=0"
-        yield Bad(operation, what, sized(operation, **{letter: 0}), InputError, words)
+        yield Bad(operation, what, sized(operation, {letter: 0}), InputError, words)
     for letter, limit in (("K", 256), ("V", 512)):
         for size in (0, limit + 1, 10 * limit):
             words = (f"{letter} must be in 1..{limit}", f"got {size}")
-            make = sized(operation, **{letter: size})
+            make = sized(operation, {letter: size})
             yield Bad(operation, f"{letter}={size}", make, InputError, words)
     for sizes in ({"H": 2**16, "K": 256}, {"H": 2**15, "V": 512}, {"H": 2**20, "K": 16}):
-        make = sized(operation, "meta", B=1, T=1, **sizes)
+        make = sized(operation, {"B": 1, "T": 1, **sizes}, "meta")
         words = ("one token has", "addressable", "hint: split the heads")
         yield Bad(operation, f"huge-token-{sizes}", make, InputError, words)
-    make = sized(operation, "meta", B=1, T=2**31, H=1)
+    make = sized(operation, {"B": 1, "T": 2**31, "H": 1}, "meta")
     yield Bad(operation, "T=2^31", make, InputError, ("T must be below", "got 2147483648"))
 
 
 def bad_scalars(operation: str) -> Iterator[Bad]:
+    words: tuple[str, ...]
     names = ("scale",) if operation == "vector" else ("scale", "normalizer", "clamp_min")
     for name in names:
         for value in (math.nan, math.inf, -math.inf):
@@ -193,7 +196,7 @@ def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(attention, "run_forward", never)
     monkeypatch.setattr(attention, "_torch_chunk", never)
-    monkeypatch.setattr(attention.dispatch, "resolve", never)
+    monkeypatch.setattr(dispatch, "resolve", never)
 
 
 def test_there_are_many_cases() -> None:
@@ -290,4 +293,5 @@ def test_what_a_good_call_is_compiled_for(dtype: torch.dtype, wide: bool) -> Non
 def test_the_limits_themselves_are_fine(keys: int, values: int) -> None:
     x = make_inputs(1, 1, 1, keys, values, dtype=FP32)
     assert x.g is not None
-    assert check_vector(x.q, x.k, x.v, x.g, None).spec.K == keys
+    wanted = Specialisation(keys, values, DType.FP32, Gate.VECTOR, DType.FP32)
+    assert check_vector(x.q, x.k, x.v, x.g, None).spec == wanted

@@ -32,7 +32,7 @@ FLOOR = {DType.BF16: 0.0, DType.FP16: 0.0, DType.FP32: 1e-5}
 """A budget is never below this: three TF32 products are not quite fp32."""
 TIMES_YARDSTICK = 2.0
 ROW_TIMES_YARDSTICK = 5.0
-"""The worst row is an extreme of many, hence the wider factor; a row from elsewhere is 100x off."""
+"""The worst row is an extreme of many, hence the wider factor; a misplaced one is 100x off."""
 
 TORCH_DTYPES = {
     DType.BF16: torch.bfloat16,
@@ -137,9 +137,7 @@ class _ErrorSum:
         return _Error(math.sqrt(wrong / truth), math.sqrt(row * self._rows / truth))
 
 
-def _make_case(
-    problem: Problem, inputs: Inputs, normalizer: float, with_state: bool
-) -> _Case:
+def _make_case(problem: Problem, inputs: Inputs, normalizer: float, with_state: bool) -> _Case:
     spec = problem.spec
     device = inputs.q.device
     output = torch.empty(
@@ -293,7 +291,9 @@ class Checker:
             return f"worst row is off by {error.row:.2e}, at most {rows:.2e} allowed"
         return ""
 
-    def _check_small(self, config: ForwardConfig, kernels: Mapping[str, Kernel]) -> tuple[float, str]:
+    def _check_small(
+        self, config: ForwardConfig, kernels: Mapping[str, Kernel]
+    ) -> tuple[float, str]:
         worst = 0.0
         for name, case in zip(("mild", "hard"), self._small_cases(config), strict=True):
             _poison(case.problem, config, self._device)
@@ -313,7 +313,7 @@ class Checker:
                 return worst, f"{where}: error {error.total:.2e}, at most {budget:.2e} allowed"
             budget = self._budget(case.state_yardstick, ceiling=False)
             if state_error > budget:
-                return worst, f"{where}: state error {state_error:.2e}, at most {budget:.2e} allowed"
+                return worst, f"{where}: state off by {state_error:.2e}, at most {budget:.2e}"
         return worst, ""
 
     def evaluate(self, config: ForwardConfig, best_us: float | None) -> Outcome:
@@ -371,9 +371,7 @@ class Checker:
         runs: list[Callable[[], object] | None] = []
         for config in configs:
             try:
-                plan = ForwardPlan(
-                    self._problem, config, self._load(self._problem.spec, config)
-                )
+                plan = ForwardPlan(self._problem, config, self._load(self._problem.spec, config))
             except GlacError:
                 runs.append(None)
                 continue

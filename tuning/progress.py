@@ -1,4 +1,4 @@
-"""Progress of long runs on stderr: one live line on a terminal, a plain line now and then elsewhere."""
+"""Progress of long runs on stderr: a live line on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ class Progress:
             print(text, file=self._stream, flush=True)
             return
         width = shutil.get_terminal_size().columns - 1
-        print(f"\r{text[:width]:<{width}}", end="\n" if keep else "", file=self._stream, flush=True)
+        end = "\n" if keep else ""
+        print(f"\r{text[:width]:<{width}}", end=end, file=self._stream, flush=True)
         self._open = not keep
 
     def _end_live(self) -> None:

@@ -150,7 +150,7 @@ def _worth_compiling(config: ChunkKernelConfig, spec: Specialisation, gpu: GpuSp
         return False
     if config.num_stages == 1 and (config.tma or config.chunk < 32):
         return False  # no overlap of copies with so little work per chunk
-    # Descriptors pay by freeing registers of address arithmetic: only in a pipeline, on wide tiles.
+    # Descriptors pay by saving address arithmetic: only in a pipeline, on wide tiles.
     return not (config.tma and (config.num_stages < 2 or config.block_v < min(64, padded_v(spec))))
 
 

@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,6 @@ from glac.tuning.evaluate import (
     Effort,
     Evaluator,
     Outcome,
-    Yardstick,
 )
 from glac.tuning.progress import Progress
 from glac.tuning.space import EXHAUSTIVE, Space, parameters
@@ -134,6 +134,32 @@ def import_optuna() -> Any:
     return optuna
 
 
+class _HeldLock:
+    """Nothing to do: the journal is locked for the whole study, and freed if we die."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The Gaussian process works on tiny matrices, where threads only get in each other's way."""
+    torch = sys.modules.get("torch") or (
+        importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+    )
+    before = torch.get_num_threads() if torch else 0
+    if torch:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(before)
+
+
 @contextlib.contextmanager
 def _open_storage(path: Path) -> Iterator[Any]:
     """The journal, ours alone until the end.
@@ -143,15 +169,6 @@ def _open_storage(path: Path) -> Iterator[Any]:
     """
     optuna = import_optuna()
     journal = optuna.storages.journal
-
-    class HeldLock(journal.BaseJournalFileLock):  # type: ignore[misc]
-        """Nothing to do: the file is locked for the whole study, and freed when we die."""
-
-        def acquire(self) -> bool:
-            return True
-
-        def release(self) -> None:
-            pass
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +184,7 @@ def _open_storage(path: Path) -> Iterator[Any]:
                 hint="wait for it, or give this one its own --storage",
             ) from None
         _drop_torn_line(file)
-        backend = journal.JournalFileBackend(str(path), lock_obj=HeldLock())
+        backend = journal.JournalFileBackend(str(path), lock_obj=_HeldLock())
         try:
             storage = optuna.storages.JournalStorage(backend)
         except Exception as error:  # json and key errors of a foreign file
@@ -269,7 +286,7 @@ class _ProblemStudy:
     planned: int
     progress: Progress
     outcomes: dict[ForwardConfig, Outcome] = field(default_factory=dict)
-    yardstick: Yardstick = Yardstick(math.nan)
+    yardstick: float = math.nan
     prepared: bool = False
 
     def restore(self) -> None:
@@ -278,7 +295,7 @@ class _ProblemStudy:
 
         stored = self.study.user_attrs.get("yardstick")
         if stored is not None:
-            self.yardstick = Yardstick(float(stored))
+            self.yardstick = float(stored)
         by_slug = {config.slug: config for config in self.space.configs}
         for trial in self.study.get_trials(deepcopy=False):
             if trial.state in (TrialState.RUNNING, TrialState.WAITING):
@@ -291,8 +308,8 @@ class _ProblemStudy:
     def prepare(self) -> None:
         """Have the evaluator make inputs and truth, before the first measurement of this run."""
         if not self.prepared:
-            self.yardstick = self.evaluator.prepare(self.space.problem)
-            self.study.set_user_attr("yardstick", self.yardstick.error)
+            self.yardstick = self.evaluator.prepare(self.space.problem).error
+            self.study.set_user_attr("yardstick", self.yardstick)
             self.prepared = True
 
     @property
@@ -518,29 +535,30 @@ class _Run:
         )
         work.restore()
         choice: Choice | None = None
-        error, interrupted = "", False
+        trouble, interrupted = "", False
         try:
             self.progress.begin(title, planned, len(work.outcomes))
             if exhaustive:
                 work.try_all()
             else:
-                work.search()
+                with _one_thread():
+                    work.search()
             choice = work.compare()
         except KeyboardInterrupt:
             interrupted = True
         except GlacError as failure:
-            error = failure.message
-            self.progress.note(f"{title}: {error}")
+            trouble = failure.message
+            self.progress.note(f"{title}: {trouble}")
         if choice is None:
             choice = _decide_from_outcomes(space.default, work.outcomes)
         result = Result(
             problem,
             space.default,
-            work.yardstick.error,
+            work.yardstick,
             work.outcomes,
             choice,
             left_out,
             planned,
-            error,
+            trouble,
         )
         return result, interrupted

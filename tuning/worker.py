@@ -317,7 +317,7 @@ class WorkerEvaluator:
                     pipe.close()
         try:
             return process.wait(timeout=30)
-        except subprocess.TimeoutExpired:  # stuck in the driver; nothing more can be done from here
+        except subprocess.TimeoutExpired:  # stuck in the driver: nothing more can be done
             return None
 
     def _last_words(self, process: subprocess.Popen[bytes]) -> str:
@@ -327,10 +327,10 @@ class WorkerEvaluator:
         except subprocess.TimeoutExpired:
             how = "closed its output"
         else:
-            try:
-                how = f"died of {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-            except ValueError:
-                how = f"died of signal {-code}"
+            how = f"exit status {code}"
+            if code < 0:
+                known = {s.value: s.name for s in signal.Signals}
+                how = f"died of {known.get(-code, f'signal {-code}')}"
         text = ""
         if self._stderr:
             with contextlib.suppress(OSError, ValueError):
@@ -464,9 +464,7 @@ class WorkerEvaluator:
         """
         self._ready()
         try:
-            value = self._ask(
-                self._timeout, "evaluate", config=config.to_dict(), best_us=best_us
-            )
+            value = self._ask(self._timeout, "evaluate", config=config.to_dict(), best_us=best_us)
         except _Hung:
             return Outcome(HUNG, reason=f"no answer in {self._timeout:g} s")
         except _Died as error:

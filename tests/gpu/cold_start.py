@@ -1,0 +1,96 @@
+"""Time to the first output in a new process that has a pack, and neither Triton nor a PATH.
+
+Measured: importing glac, finding and reading the pack, loading the kernels, one call, one
+synchronise. Before that: torch imported, inputs on the GPU, one synchronise.
+
+    GLAC_PACK_PATH=... python tests/gpu/cold_start.py [--lowrank] [--sizes B T H K V]
+
+Prints one JSON object. Exit code 1: no pack served the call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+
+class WithoutTriton:
+    """An import hook to which Triton does not exist."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r} (hidden)", name=name)
+        return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="time to the first output in a new process")
+    parser.add_argument("--lowrank", action="store_true", help="with the gate in the kernel")
+    parser.add_argument(
+        "--sizes", type=int, nargs=5, default=(1, 1024, 8, 128, 128), metavar=tuple("BTHKV")
+    )
+    options = parser.parse_args()
+    B, T, H, K, V = options.sizes
+
+    os.environ["PATH"] = ""
+    sys.meta_path.insert(0, WithoutTriton())
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import torch
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda").to(torch.bfloat16)
+
+    q, k, v = draw(B, T, H, K), draw(B, T, H, K), draw(B, T, H, V)
+    if options.lowrank:
+        gate = [draw(B, T, 16), draw(H * K, 16), draw(H * K)]
+    else:
+        gate = [-draw(B, T, H, K).abs() / 16]
+    torch.cuda.synchronize()
+
+    start = time.perf_counter()
+    from glac import attention
+
+    imported = time.perf_counter()
+    if options.lowrank:
+        o, _ = attention.chunk_gla_lowrank(q, k, v, gate[0], gate[1], gate[2])
+    else:
+        o, _ = attention.chunk_gla(q, k, v, gate[0])
+    torch.cuda.synchronize()
+    done = time.perf_counter()
+
+    from glac import dispatch
+    from glac.validate import check_lowrank, check_vector
+
+    if options.lowrank:
+        problem = check_lowrank(q, k, v, gate[0], gate[1], gate[2], None)
+    else:
+        problem = check_vector(q, k, v, gate[0], None)
+    decision = dispatch.explain(problem, q.device)
+    result = {
+        "ms": round(1e3 * (done - start), 2),
+        "import_ms": round(1e3 * (imported - start), 2),
+        "provider": decision.provider,
+        "compiled": dispatch.stats().compiled,
+        "config": decision.config_id,
+        "problem": str(problem),
+        "finite": bool(o.isfinite().all()),
+        "triton_loaded": "triton" in sys.modules,
+    }
+    print(json.dumps(result))
+    if decision.provider != "pack":
+        print(f"no pack: {decision.reason}; {'; '.join(decision.tried)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

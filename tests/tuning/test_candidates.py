@@ -1,0 +1,171 @@
+"""Compiled candidates: complete, resumable, honest about what failed, refused when foreign."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glac import compile as compile_module
+from glac.compile import CompiledKernel, Toolchain
+from glac.configs import ChunkKernelConfig, ForwardConfig
+from glac.errors import CompileError, StudyError
+from glac.gpus import GPUS
+from glac.kernelspec import KernelSpec
+from glac.tuning import candidates as candidates_module
+from glac.tuning.candidates import (
+    check_usable,
+    compile_candidates,
+    current_commit,
+    kernels_of,
+    load_candidates,
+)
+from glac.tuning.run import choose_spaces
+from glac.tuning.space import Space, make_problem
+
+pytest.importorskip("triton")
+try:
+    compile_module.toolchain()
+except Exception:
+    pytest.skip("needs the pinned assembler", allow_module_level=True)
+
+GPU = GPUS["h100"]
+PROBLEM = make_problem((1, 256, 1, 16, 16))
+OTHER = make_problem((1, 256, 1, 16, 32))
+
+
+def config(chunk: int, stages: int = 2, segment: int = 0) -> ForwardConfig:
+    tile = ChunkKernelConfig(chunk, 16, 4, stages)
+    return ForwardConfig(tile, segment, tile if segment else None)
+
+
+SPACE = Space(PROBLEM, config(16), (config(16), config(16, segment=64), config(32)))
+
+
+class Counting:
+    """Compiles for real, counting; may refuse some kernels."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refuse: int = -1) -> None:
+        self.names: list[str] = []
+        self._compile, self._refuse = compile_module.compile_kernel, refuse
+        monkeypatch.setattr(compile_module, "compile_kernel", self)
+
+    def __call__(self, kernel: KernelSpec, tools: Toolchain | None = None) -> CompiledKernel:
+        self.names.append(kernel.name)
+        if getattr(kernel.config, "chunk", 0) == self._refuse:
+            raise CompileError("needs 999999 bytes of shared memory,\nsm_90a has 232448")
+        return self._compile(kernel, tools)
+
+
+def test_everything_is_compiled_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = Counting(monkeypatch)
+    steps: list[tuple[int, int, int]] = []
+    made = compile_candidates([SPACE], GPU, tmp_path / "c", 2, lambda *s: steps.append(s))
+    assert len(counting.names) == 4  # two forward tiles, one summary, one combine
+    assert steps[-1] == (4, 4, 0), made.failures
+    read = load_candidates(tmp_path / "c")
+    assert read == made
+    assert read.complete
+    assert read.spaces == (SPACE,)
+    pack = read.read_pack()
+    assert set(pack.kernels) == {k.name for k in kernels_of([SPACE], GPU.arch)}
+    assert pack.rows == ()
+    assert all(read.why_missing(PROBLEM, c, pack) is None for c in SPACE.configs)
+    assert read.commit == current_commit()
+    # Again, and with another problem: only what is new is compiled.
+    counting.names.clear()
+    compile_candidates([SPACE], GPU, tmp_path / "c", 2)
+    assert counting.names == []
+    more = Space(OTHER, config(16), (config(16),))
+    both = compile_candidates([more], GPU, tmp_path / "c", 2)
+    assert len(counting.names) == 1
+    assert both.spaces == (SPACE, more)
+    assert len(both.read_pack().kernels) == 5
+
+
+def test_a_kernel_that_fails_is_named_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = Counting(monkeypatch, refuse=32)
+    made = compile_candidates([SPACE], GPU, tmp_path / "c", 2)
+    assert made.complete
+    assert list(made.failures.values()) == [
+        "needs 999999 bytes of shared memory, sm_90a has 232448"
+    ]
+    reason = made.why_missing(PROBLEM, config(32), made.read_pack())
+    assert reason is not None
+    assert "999999" in reason
+    assert made.why_missing(PROBLEM, config(16), made.read_pack()) is None
+    counting.names.clear()
+    compile_candidates([SPACE], GPU, tmp_path / "c", 2)
+    assert counting.names == [], "a failure is final for a toolchain"
+
+
+def test_ctrl_c_keeps_what_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting(monkeypatch)
+
+    def stop(done: int, total: int, failed: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_candidates([SPACE], GPU, tmp_path / "c", 1, stop)
+    half = load_candidates(tmp_path / "c")
+    assert not half.complete
+    kept = set(half.read_pack().kernels)
+    assert len(kept) == 2
+    pack = half.read_pack()
+    assert any(
+        "was not compiled" in (half.why_missing(PROBLEM, c, pack) or "") for c in SPACE.configs
+    )
+    counting.names.clear()
+    assert compile_candidates([SPACE], GPU, tmp_path / "c", 1).complete
+    assert not kept & set(counting.names)
+
+
+def test_other_templates_or_toolchains_start_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = Space(PROBLEM, config(16), (config(16),))
+    compile_candidates([small], GPU, tmp_path / "c", 2)
+    made = load_candidates(tmp_path / "c")
+    check_usable(made, GPU)
+    check_usable(made, GPUS["h200"])
+    with pytest.raises(StudyError, match="needs sm_80"):
+        check_usable(made, GPUS["a100"])
+    index = tmp_path / "c" / "candidates.json"
+    data = json.loads(index.read_text())
+    data["templates_sha256"] = "0" * 64
+    index.write_text(json.dumps(data))
+    with pytest.raises(StudyError, match="other kernel templates"):
+        check_usable(load_candidates(tmp_path / "c"), GPU)
+    counting = Counting(monkeypatch)
+    compile_candidates([small], GPU, tmp_path / "c", 2)
+    assert len(counting.names) == 1
+
+
+def test_broken_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="no compiled candidates"):
+        load_candidates(tmp_path)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(StudyError, match="left as it is"):
+        compile_candidates([SPACE], GPU, tmp_path)
+    broken: list[Any] = ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "problems": [1]}']
+    for text in broken:
+        (tmp_path / "candidates.json").write_text(text)
+        with pytest.raises(StudyError, match="broken"):
+            load_candidates(tmp_path)
+
+
+def test_problems_are_chosen_from_the_folder(tmp_path: Path) -> None:
+    made = candidates_module.Candidates(
+        tmp_path, "h100", "sm_90a", (SPACE,), {}, {"triton": "3", "ptxas": "12"}, "", "", True
+    )
+    assert choose_spaces(made, None, GPU, "standard") == [SPACE]
+    with pytest.raises(StudyError, match="no candidates for"):
+        choose_spaces(made, [OTHER], GPU, "standard")
+    assert len(choose_spaces(made, [PROBLEM], GPU, "quick")[0].configs) >= 1

@@ -1,0 +1,141 @@
+"""The search space: legal, pruned to what minutes of compiling allow, and led by the default."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from glac.configs import default_forward, is_legal
+from glac.errors import ConfigError
+from glac.gpus import GPUS
+from glac.kernelspec import forward_kernels
+from glac.problem import DType, Gate, Problem
+from glac.tuning.space import (
+    EXHAUSTIVE,
+    QUICK_CANDIDATES,
+    SUITES,
+    candidates,
+    make_problem,
+    parameters,
+    space,
+)
+
+PROBLEMS = SUITES["full"]
+ODD = tuple(
+    make_problem(shape, dtype=dtype)
+    for shape in ((1, 1, 1, 1, 1), (2, 100, 3, 40, 33), (1, 4096, 2, 256, 512), (3, 7, 5, 16, 16))
+    for dtype in DType
+)
+
+
+@pytest.mark.parametrize("problem", [*PROBLEMS, *ODD], ids=str)
+@pytest.mark.parametrize("gpu", ["h100", "a100"])
+def test_candidates_are_legal_and_distinct(problem: Problem, gpu: str) -> None:
+    found = candidates(problem, GPUS[gpu])
+    assert found[0] == default_forward(problem.spec, GPUS[gpu], problem.bucket)
+    assert len(set(found)) == len(found) == len({c.slug for c in found})
+    assert all(is_legal(problem.spec, c, GPUS[gpu]) for c in found)
+    # A sampler must be able to name every candidate.
+    assert len({tuple(parameters(c).values()) for c in found}) == len(found)
+    assert all(c.segment == 0 or 2 * c.segment <= problem.T for c in found[1:])
+
+
+@pytest.mark.parametrize("problem", SUITES["standard"], ids=str)
+def test_standard_problems_can_be_tried_whole(problem: Problem) -> None:
+    gpu = GPUS["h100"]
+    found = candidates(problem, gpu)
+    assert 60 <= len(found) <= EXHAUSTIVE
+    assert sum(c.segment == 0 for c in found) >= 50
+    kernels = {k for c in found for k in forward_kernels(problem.spec, c, gpu.arch)}
+    assert len(kernels) <= EXHAUSTIVE
+
+
+def test_segments_only_where_programs_are_few() -> None:
+    gpu = GPUS["h100"]
+    many = make_problem((16, 2048, 32, 128, 128))
+    few = make_problem((1, 4096, 4, 128, 128))
+    long = make_problem((16, 16384, 32, 128, 128))
+    assert not any(c.segment for c in candidates(many, gpu))
+    assert {c.segment for c in candidates(few, gpu)} >= {0, 256, 512}
+    assert any(c.segment for c in candidates(long, gpu))
+
+
+def test_quick_is_a_part_of_the_whole() -> None:
+    gpu = GPUS["h100"]
+    for problem in SUITES["standard"]:
+        quick = space(problem, gpu, "quick")
+        assert len(quick.configs) <= QUICK_CANDIDATES
+        assert quick.configs[0] == quick.default
+        assert set(quick.configs) <= set(candidates(problem, gpu))
+    with pytest.raises(ConfigError, match="effort"):
+        space(SUITES["quick"][0], gpu, "heroic")
+
+
+def test_descriptors_only_on_hopper() -> None:
+    problem = SUITES["quick"][0]
+    assert any(c.fwd.tma for c in candidates(problem, GPUS["h100"]))
+    assert not any(c.fwd.tma for c in candidates(problem, GPUS["a100"]))
+
+
+def test_suites_hold_the_published_problems() -> None:
+    assert [str(p) for p in SUITES["quick"]] == ["B=16 T=2048 H=8 k128_v128_vector_bf16"]
+    assert len(SUITES["standard"]) == 7
+    assert sum(p.spec.gate is Gate.LOWRANK for p in SUITES["standard"]) == 2
+    assert set(SUITES["standard"]) < set(SUITES["full"])
+    keys = [(p.spec, p.bucket) for p in SUITES["full"]]
+    assert len(set(keys)) == len(keys), "two problems would fight for one row"
+
+
+def test_impossible_shapes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="B,T,H,K,V"):
+        make_problem((1, 2, 3))
+    with pytest.raises(ConfigError, match="K must be"):
+        make_problem((1, 2, 3, 4000, 5))
+    with pytest.raises(ConfigError, match="rank"):
+        make_problem((1, 2, 3, 64, 64), Gate.LOWRANK, 7)
+
+
+def glac(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "glac", "tune", *words], capture_output=True, text=True, check=False
+    )
+
+
+def test_dry_run_needs_no_gpu() -> None:
+    done = glac("--gpu", "h100", "--dry-run", "--suite", "quick", "--json")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["schema"] == 1
+    assert data["ok"] is True
+    assert data["data"]["candidates"] == QUICK_CANDIDATES
+    text = glac("--gpu", "a100", "--dry-run", "--shape", "1,64,2,16,16", "--rank", "16")
+    assert text.returncode == 0, text.stderr
+    assert "k16_v16_lowrank16_bf16" in text.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--gpu", "h100", "--suite", "quick", "--shape", "1,2,3,4,5"),
+        ("--gpu", "h100", "--rank", "16"),
+        ("--gpu", "h100", "--shape", "1,2,3,4,5", "--gate", "vector", "--rank", "16"),
+        ("--gpu", "h100", "--compile-only", "a", "--from", "b"),
+        ("--gpu", "h100", "--shape", "1,2,3"),
+        ("--gpu", "tpu"),
+    ],
+)
+def test_contradicting_options_are_usage_errors(words: tuple[str, ...]) -> None:
+    assert glac(*words).returncode == 2
+
+
+def test_the_light_modules_import_no_torch_and_no_optuna() -> None:
+    code = (
+        "import sys, glac.tuning.cli, glac.tuning.space, glac.tuning.candidates;"
+        "import glac.tuning.worker, glac.tuning.study, glac.tuning.export, glac.tuning.run;"
+        "print([m for m in ('torch', 'optuna', 'triton') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
