@@ -92,6 +92,7 @@ def operand(x, IO: tl.constexpr):
         return x.to(tl.bfloat16)
     elif IO == tl.float16 and x.dtype != tl.float16:
         bits = x.to(tl.int32, bitcast=True)
-        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x)  # the carry turns some NaNs into -0.0
     else:
         return x.to(tl.float32)

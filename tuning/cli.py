@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +70,6 @@ def _space_data(item: Space, arch: str) -> dict[str, Any]:
 
 
 def _dry_run(spaces: Sequence[Space], gpu: GpuSpec, jobs: int | None) -> None:
-    import os
-
     rows = [_space_data(item, gpu.arch) for item in spaces]
     kernels = len(kernels_of(spaces, gpu.arch))
     workers = jobs or os.cpu_count() or 1
@@ -160,6 +162,19 @@ def _result_table(rows: Sequence[dict[str, Any]]) -> str:
     headers = ["problem", "us", "default", "faster", "noise", "error", "yardstick"]
     headers += ["tried", "failed", "config"]
     return cli.format_table(headers, body)
+
+
+@contextlib.contextmanager
+def _terminated_is_interrupted() -> Iterator[None]:
+    """Inside, SIGTERM means Ctrl-C: job systems send it, and what was measured must be kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @click.command("tune")
@@ -263,18 +278,19 @@ def tune_command(
     if loaded is None:
         folder = target.with_name(f"{target.stem}-candidates")
         loaded = run.compile_with_progress(spaces, gpu, folder, jobs, progress)
-    tuned = run.tune(
-        loaded,
-        spaces,
-        gpu,
-        target,
-        storage,
-        effort=level,
-        trials=trials,
-        timeout=timeout,
-        seed=seed,
-        progress=progress,
-    )
+    with _terminated_is_interrupted():
+        tuned = run.tune(
+            loaded,
+            spaces,
+            gpu,
+            target,
+            storage,
+            effort=level,
+            trials=trials,
+            timeout=timeout,
+            seed=seed,
+            progress=progress,
+        )
     _finish(tuned, gpu, storage or run.default_storage(target))
 
 

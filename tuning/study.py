@@ -15,7 +15,6 @@ import importlib.util
 import math
 import os
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,17 +146,16 @@ class _HeldLock:
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """The Gaussian process works on tiny matrices, where threads only get in each other's way."""
-    torch = sys.modules.get("torch") or (
-        importlib.import_module("torch") if importlib.util.find_spec("torch") else None
-    )
-    before = torch.get_num_threads() if torch else 0
-    if torch:
-        torch.set_num_threads(1)
+    if importlib.util.find_spec("torch") is None:
+        yield
+        return
+    torch = importlib.import_module("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        if torch:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
