@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from glac import dispatch
-from glac.errors import NotDifferentiableError
+from glac.errors import InputError, NotDifferentiableError
 from glac.forward import STEP_MIN, GateInput, run_forward
 from glac.problem import Problem
 from glac.settings import load_settings
@@ -23,6 +23,7 @@ from glac.templates import stride_unit
 from glac.validate import (
     MAX_PROGRAMS,
     MAX_TOKEN_STRIDE,
+    check_chunk_size,
     check_gate_values,
     check_lowrank,
     check_scalar,
@@ -176,6 +177,7 @@ def chunk_gla(
     """
     problem = check_vector(q, k, v, g, initial_state)
     factor = problem.spec.K**-0.5 if scale is None else check_scalar("scale", scale)
+    chunk = check_chunk_size(chunk_size)
     if load_settings().checked:
         check_gate_values(g)
     if q.is_cuda:
@@ -184,7 +186,7 @@ def chunk_gla(
         )
         if result is not None:
             return result
-    return _torch_chunk(q, k, v, g, factor, initial_state, output_final_state, chunk_size)
+    return _torch_chunk(q, k, v, g, factor, initial_state, output_final_state, chunk)
 
 
 def chunk_gla_lowrank(
@@ -234,7 +236,10 @@ def chunk_gla_lowrank(
     problem = check_lowrank(q, k, v, x, weight, bias, initial_state)
     factor = problem.spec.K**-0.5 if scale is None else check_scalar("scale", scale)
     tau = check_scalar("normalizer", normalizer, positive=True)
-    clamp = STEP_MIN if clamp_min is None else min(0.0, check_scalar("clamp_min", clamp_min))
+    chunk = check_chunk_size(chunk_size)
+    clamp = STEP_MIN if clamp_min is None else check_scalar("clamp_min", clamp_min)
+    if clamp > 0:
+        raise InputError(f"clamp_min must be <= 0 (a bound on a log-decay), got {clamp}")
     if q.is_cuda:
         gate = GateInput((x, weight, bias), 1.0 / tau, clamp)
         result = _call(problem, q, k, v, gate, factor, initial_state, output_final_state)
@@ -243,7 +248,7 @@ def chunk_gla_lowrank(
     from glac.reference import lowrank_gate
 
     g = lowrank_gate(x, weight, bias, num_heads=problem.H, normalizer=tau, clamp_min=clamp_min)
-    return _torch_chunk(q, k, v, g, factor, initial_state, output_final_state, chunk_size)
+    return _torch_chunk(q, k, v, g, factor, initial_state, output_final_state, chunk)
 
 
 def _torch_chunk(
@@ -254,7 +259,7 @@ def _torch_chunk(
     scale: float,
     initial_state: Tensor | None,
     output_final_state: bool,
-    chunk_size: int | None,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor | None]:
     from glac import reference
 
@@ -266,5 +271,5 @@ def _torch_chunk(
         scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
-        chunk_size=64 if chunk_size is None else chunk_size,
+        chunk_size=chunk_size,
     )

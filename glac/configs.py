@@ -111,9 +111,19 @@ class ForwardConfig:
             "gla_fwd": self.fwd,
         }
 
+    def segmentation(self, T: int) -> tuple[int, int]:
+        """How many segments ``T`` tokens fall into, and the tokens of each but the last.
+
+        Very long sequences get longer segments, so that the states between them stay bounded.
+        """
+        if self.segment == 0:
+            return 1, T
+        length = self.segment * math.ceil(T / (self.segment * MAX_SEGMENTS))
+        return math.ceil(T / length), length
+
     def segments(self, T: int) -> int:
         """How many segments a sequence of ``T`` tokens falls into."""
-        return 1 if self.segment == 0 else max(1, math.ceil(T / self.segment))
+        return self.segmentation(T)[0]
 
     @property
     def slug(self) -> str:

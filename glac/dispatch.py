@@ -1,8 +1,8 @@
 """Which kernel serves a problem: packs first, then a build on the spot, then PyTorch.
 
 A *hit* is a row whose specialisation matches; among hits the nearest bucket wins. Rows of the
-device's own model come before rows of its relatives. Decisions are made once per problem and
-device, kept, and logged once at INFO.
+device's own model come before rows of its relatives. A decision is made once per specialisation,
+bucket and device, kept, and logged at INFO.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,13 +20,15 @@ import torch
 
 from glac.configs import ForwardConfig, default_forward
 from glac.errors import GlacError, KernelNotFoundError, PackError
-from glac.forward import ForwardPlan
+from glac.forward import ForwardPlan, Kernel
 from glac.gpus import ARCHS, GPUS, RELATIVES, GpuSpec, match_gpu
 from glac.pack import Pack, PackRow, read_pack
-from glac.problem import Bucket, Problem
+from glac.problem import Bucket, Problem, Specialisation
 from glac.settings import Settings, load_settings
 
 log = logging.getLogger("glac")
+
+Kernels = Mapping[str, Kernel]
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Stats:
 
 _lock = threading.RLock()
 _stats = Stats()
-_plans: dict[tuple[Problem, int], tuple[Decision, ForwardPlan | None]] = {}
+# By specialisation, bucket and device: lengths of one bucket share an entry.
+_served: dict[tuple[Specialisation, Bucket, int], tuple[Decision, Kernels | None]] = {}
 
 
 def stats() -> Stats:
@@ -80,7 +83,7 @@ def stats() -> Stats:
 def clear() -> None:
     """Forget every decision and pack listing, for example after a new pack was built."""
     with _lock:
-        _plans.clear()
+        _served.clear()
         _stats.decisions.clear()
         _stats.compiled = 0
         installed_packs.cache_clear()
@@ -240,11 +243,10 @@ def _build_on_miss(problem: Problem, gpu: GpuSpec, settings: Settings) -> tuple[
     return pack, row
 
 
-def _plan(pack: Pack, row: PackRow, problem: Problem, device: int) -> ForwardPlan:
+def _load(pack: Pack, row: PackRow, device: int) -> Kernels:
     from glac.launch import load_from_pack
 
-    kernels = {name: load_from_pack(pack, kernel, device) for name, kernel in row.kernels.items()}
-    return ForwardPlan(problem, row.config, kernels)
+    return {name: load_from_pack(pack, kernel, device) for name, kernel in row.kernels.items()}
 
 
 @functools.cache
@@ -280,7 +282,7 @@ def device_gpu(device: int) -> tuple[GpuSpec | None, str]:
     return spec, f"{props.name}: not a listed GPU, served by {base.name}'s configs"
 
 
-def _resolve(problem: Problem, device: int) -> tuple[Decision, ForwardPlan | None]:
+def _resolve(problem: Problem, device: int) -> tuple[Decision, Kernels | None]:
     settings = load_settings()
     gpu, note = device_gpu(device)
     if gpu is None:
@@ -295,7 +297,7 @@ def _resolve(problem: Problem, device: int) -> tuple[Decision, ForwardPlan | Non
     hit = _from_packs(packs, problem, gpu, tried)
     while hit:
         try:
-            return _pack_decision(*hit, problem, tried), _plan(*hit, problem, device)
+            return _pack_decision(*hit, problem, tried), _load(*hit, device)
         except PackError as error:
             # A damaged cubin: say so, and go on with the packs behind this one.
             tried.append(f"{hit[0].path}: refused: {error.message}")
@@ -307,7 +309,7 @@ def _resolve(problem: Problem, device: int) -> tuple[Decision, ForwardPlan | Non
     if can_build():
         try:
             pack, row = _build_on_miss(problem, gpu, settings)
-            plan = _plan(pack, row, problem, device)
+            loaded = _load(pack, row, device)
         except GlacError as error:
             tried.append(f"build on miss failed: {error.message}")
             return _torch_decision("no pack has it and building it failed", tried), None
@@ -323,7 +325,7 @@ def _resolve(problem: Problem, device: int) -> tuple[Decision, ForwardPlan | Non
             Decision(
                 "build", row.config, row.config.slug, sha, kernels, str(pack.path), reason, tried
             ),
-            plan,
+            loaded,
         )
     return _torch_decision("no pack has it and no compiler is installed", tried), None
 
@@ -334,13 +336,13 @@ def resolve(problem: Problem, device: int) -> tuple[Decision, ForwardPlan | None
     Raises:
         KernelNotFoundError: ``GLAC_REQUIRE_AOT=1`` and no pack has a kernel.
     """
-    key = (problem, device)
-    found = _plans.get(key)
+    key = (problem.spec, problem.bucket, device)
+    found = _served.get(key)
     if found is None:
         with _lock:
-            found = _plans.get(key)
+            found = _served.get(key)
             if found is None:
-                found = _resolve(problem, device)
+                found = _served[key] = _resolve(problem, device)
                 decision = found[0]
                 _stats.decisions[decision.provider] = (
                     _stats.decisions.get(decision.provider, 0) + 1
@@ -352,8 +354,10 @@ def resolve(problem: Problem, device: int) -> tuple[Decision, ForwardPlan | None
                     decision.config_id,
                     decision.reason,
                 )
-                _plans[key] = found
-    return found
+    decision, kernels = found
+    if kernels is None or decision.config is None:
+        return decision, None
+    return decision, ForwardPlan(problem, decision.config, kernels)
 
 
 def explain(problem: Problem, device: torch.device | int = 0) -> Decision:

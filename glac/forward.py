@@ -84,7 +84,7 @@ def run_forward(
     spec = problem.spec
     B, T, H, K, V = problem.B, problem.T, problem.H, spec.K, spec.V
     heads = B * H
-    segments = config.segments(T)
+    segments, seg_len = config.segmentation(T)
 
     o = torch.empty((B, T, H, V), dtype=q.dtype, device=q.device)
     final = None
@@ -108,7 +108,7 @@ def run_forward(
         assert gate.tensors[0] is not None
         gate_strides = _strides(gate.tensors[0], unit_k)
 
-    sizes = (T, H, segments, config.segment or T)
+    sizes = (T, H, segments, seg_len)
     shared_strides = (*v_strides, *gate_strides)
 
     starts = initial_state

@@ -1,11 +1,11 @@
 """Everything glac reads from the environment, and nothing else does.
 
-| variable         | meaning                                                            | default    |
-|------------------|--------------------------------------------------------------------|------------|
-| GLAC_REQUIRE_AOT | 1: a problem that no pack serves is an error, and nothing is built | 0          |
-| GLAC_PACK_PATH   | folders with packs, searched first                                 | empty      |
-| GLAC_CACHE_DIR   | where ``glac build`` and build-on-miss put packs                   | user cache |
-| GLAC_CHECKED     | 1: check gate values on every call (synchronises the device)       | 0          |
+| variable         | meaning                                                         | default    |
+|------------------|-----------------------------------------------------------------|------------|
+| GLAC_REQUIRE_AOT | 1: a problem that no pack serves is an error, nothing is built  | 0          |
+| GLAC_PACK_PATH   | packs, or folders with packs, searched first                    | empty      |
+| GLAC_CACHE_DIR   | where ``glac build`` and build-on-miss put packs                | user cache |
+| GLAC_CHECKED     | 1: check gate values on every call (synchronises the device)    | 0          |
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ TEMPLATE_DIR = Path(__file__).parent / "kernel_templates"
 
 @dataclass(frozen=True)
 class Arg:
-    """A kernel parameter. ``kind``: an ``*io``, ``*gate`` or ``*fp32`` pointer, ``i32``, ``fp32``."""
+    """A kernel parameter. ``kind``: ``*io``, ``*gate`` or ``*fp32`` (pointers), i32 or fp32."""
 
     name: str
     kind: str

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 def _want_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise InputTypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        raise InputTypeError(
+            f"{name} must be a dense tensor, got layout {value.layout}",
+            hint=f"pass {name}.to_dense(), or pad a nested tensor",
+        )
 
 
 def _want_rank(name: str, tensor: Tensor, layout: str) -> None:
@@ -61,13 +67,33 @@ def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
         InputTypeError: it is not a number.
         InputError: it is NaN, infinite, or not positive where it must be.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise InputTypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise InputError(f"{name} must be finite, got {value}")
-    if positive and value <= 0:
-        raise InputError(f"{name} must be greater than 0, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InputError(f"{name} must be finite, got {number}")
+    if positive and not (number > 0 and math.isfinite(1 / number)):
+        raise InputError(f"{name} must be greater than 0 (and 1/{name} finite), got {number}")
+    return number
+
+
+def check_chunk_size(value: int | None) -> int:
+    """The PyTorch path's chunk: ``value``, or 64.
+
+    Raises:
+        InputTypeError: it is not an integer.
+        InputError: it is not a power of two.
+    """
+    if value is None:
+        return 64
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputTypeError(f"chunk_size must be an integer, got {type(value).__name__}")
+    if value < 1 or value & (value - 1):
+        raise InputError(f"chunk_size must be a power of two, got {value}")
+    return value
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, DType]:

@@ -14,6 +14,7 @@ import pytest
 from glac.configs import (
     BLOCKS_V,
     CHUNKS,
+    MAX_SEGMENTS,
     STAGES,
     WARPS,
     ChunkKernelConfig,
@@ -235,10 +236,13 @@ def test_default_is_legal(spec: Specialisation, gpu: str, bucket: Bucket) -> Non
 
 @hypothesis.given(FORWARD_CONFIGS, st.integers(1, 10**6))
 def test_segments_cover_the_sequence(config: ForwardConfig, T: int) -> None:
-    count = config.segments(T)
-    assert count >= 1
+    count, length = config.segmentation(T)
+    assert 1 <= count <= MAX_SEGMENTS
+    assert count == config.segments(T)
+    assert (count - 1) * length < T <= count * length
     if config.segment:
-        assert (count - 1) * config.segment < T <= count * config.segment
+        assert length % config.segment == 0
+        assert length == config.segment or MAX_SEGMENTS * config.segment < T
     assert len(config.kernels()) == (3 if config.segment else 1)
 
 

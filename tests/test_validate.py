@@ -295,3 +295,38 @@ def test_the_limits_themselves_are_fine(keys: int, values: int) -> None:
     assert x.g is not None
     wanted = Specialisation(keys, values, DType.FP32, Gate.VECTOR, DType.FP32)
     assert check_vector(x.q, x.k, x.v, x.g, None).spec == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"scale": 10**400}, InputError, "scale must be finite"),
+        ({"chunk_size": "a"}, InputTypeError, "chunk_size must be an integer"),
+        ({"chunk_size": 16.0}, InputTypeError, "chunk_size must be an integer"),
+        ({"chunk_size": True}, InputTypeError, "chunk_size must be an integer"),
+        ({"chunk_size": 48}, InputError, "chunk_size must be a power of two"),
+    ],
+)
+def test_odd_scalars(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    x = torch.randn(1, 4, 1, 8)
+    with pytest.raises(error, match=words):
+        chunk_gla(x, x, x, -x.abs(), **arguments)
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    x = torch.randn(1, 4, 1, 8)
+    o, _ = chunk_gla(x, x, x, -x.abs(), scale=np.float32(0.5))  # type: ignore[arg-type]
+    expected, _ = chunk_gla(x, x, x, -x.abs(), scale=0.5)
+    assert torch.equal(o, expected)
+
+
+def test_normalizer_too_small_to_divide_by() -> None:
+    x = torch.randn(1, 4, 1, 8)
+    with pytest.raises(InputError, match="normalizer must be greater than 0"):
+        chunk_gla_lowrank(x, x, x, x[:, :, 0], torch.randn(8, 8), normalizer=5e-324)
+
+
+def test_sparse_tensors_are_refused() -> None:
+    x = torch.randn(1, 4, 1, 8)
+    with pytest.raises(InputTypeError, match="q must be a dense tensor"):
+        chunk_gla(x.to_sparse(), x, x, -x.abs())

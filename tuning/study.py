@@ -205,20 +205,18 @@ def _drop_torn_line(file: Any) -> None:
         file.flush()
 
 
-def _distributions(optuna: Any, problem: Problem) -> dict[str, Any]:
+def _distributions(optuna: Any, space: Space) -> dict[str, Any]:
     """Choices that do not depend on what happened to compile: a resumed study must agree."""
     category = optuna.distributions.CategoricalDistribution
-    longest = max(2048, problem.T)
-    segments = [0]
-    while (length := 16 << len(segments)) <= longest:
-        segments.append(length)
+    segments = {0, *(c.segment for c in space.configs)}
+    segments |= {1 << bits for bits in range(4, max(2048, space.problem.T).bit_length())}
     return {
         "chunk": category(CHUNKS),
         "block_v": category(BLOCKS_V),
         "num_warps": category(WARPS),
         "num_stages": category(STAGES),
         "tma": category((False, True)),
-        "segment": category(tuple(segments)),
+        "segment": category(tuple(sorted(segments))),
         "summary": category(("same", "other")),
     }
 
@@ -526,7 +524,7 @@ class _Run:
             self.evaluator,
             self.effort,
             study,
-            _distributions(self.optuna, problem),
+            _distributions(self.optuna, space),
             exhaustive,
             planned,
             self.progress,

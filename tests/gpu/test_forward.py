@@ -24,7 +24,8 @@ from torch import Tensor
 from glac import dispatch
 from glac.attention import chunk_gla
 from glac.errors import InputTypeError, NotDifferentiableError
-from glac.forward import GateInput, run_forward
+from glac.forward import ForwardPlan, GateInput, run_forward
+from glac.launch import load_from_pack
 from glac.pack import Pack, PackRow
 from glac.problem import DType, Gate, Problem
 from glac.reference import chunk_gla as reference_chunk_gla
@@ -149,7 +150,8 @@ def rows_here() -> list[tuple[Pack, PackRow]]:
 
 def run_row(pack: Pack, row: PackRow, x: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
     gate = GateInput((x.g,)) if x.g is not None else GateInput((x.x, x.weight, x.bias), 1 / 16)
-    plan = dispatch._plan(pack, row, problem, 0)
+    kernels = {name: load_from_pack(pack, kernel, 0) for name, kernel in row.kernels.items()}
+    plan = ForwardPlan(problem, row.config, kernels)
     with mock.patch.object(torch, "empty", nan_filled):
         o, state = run_forward(plan, x.q, x.k, x.v, gate, row.spec.K**-0.5, x.initial_state, True)
     assert state is not None

@@ -23,9 +23,6 @@ from glac.testing import Inputs
 from glac.validate import check_lowrank, check_vector
 
 FP32_BUDGET = 1e-5
-HARD_FP32_BUDGET = 1e-4
-"""A reset counts as -160 in log2 units, so the sixteen rows of an exact block may sum to -2560,
-where half an ulp is 1.2e-4: 8.5e-5 of a decay that is a difference of two such sums."""
 FP16_FLOOR = 2e-3
 """The yardstick's error may be below this by luck where there are few elements."""
 

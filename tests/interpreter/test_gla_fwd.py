@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from glac.configs import ForwardConfig
 from glac.testing import hard_gates, make_inputs
 from tests.interpreter.running import (
-    HARD_FP32_BUDGET,
+    FP32_BUDGET,
     assert_right,
     config,
     configs,
@@ -103,7 +103,7 @@ def test_is_exact_for_every_gate(
     x = make_inputs(1, tokens, heads, keys, values, dtype=dtype, seed=seed, initial_state=carried)
     x = replace(x, g=hard_gates(x.q.shape, seed=seed, dtype=gate_dtype))
     assume(legal(x, cfg))
-    assert_right(x, cfg, fp32_budget=HARD_FP32_BUDGET)
+    assert_right(x, cfg, fp32_budget=FP32_BUDGET)
 
 
 @pytest.mark.parametrize("value", [0.0, -1e-30, -0.06, -3.0, -5.0, -50.0, -1e4, -math.inf])

@@ -288,6 +288,15 @@ def test_a_problem_that_cannot_be_prepared_does_not_end_the_study(tmp_path: Path
     assert report.results[1].complete
 
 
+def test_any_segment_length_can_be_tried(tmp_path: Path) -> None:
+    tile = ChunkKernelConfig(16, 32, 4, 2)
+    odd = ForwardConfig(tile, 48, ChunkKernelConfig(16, 32, 4, 3))
+    tried = Space(PROBLEM, DEFAULT, (DEFAULT, odd))
+    report, _ = run(tmp_path / "s.journal", {DEFAULT.slug: 100.0, odd.slug: 50.0}, tried)
+    assert report.results[0].choice is not None
+    assert report.results[0].choice.config == odd
+
+
 def test_missing_optuna_says_what_still_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
