@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import queue
 import re
 import subprocess
 import tempfile
@@ -249,21 +250,34 @@ def compile_many(
     jobs: int | None = None,
     on_done: Callable[[KernelSpec, CompiledKernel | GlacError], None] | None = None,
 ) -> dict[KernelSpec, CompiledKernel | GlacError]:
-    """Compile kernels in parallel. A kernel that fails maps to its error; the rest go on."""
+    """Compile kernels in parallel processes. One that fails maps to its error; the rest go on.
+
+    Args:
+        kernels: what to compile; repeated ones are compiled once.
+        jobs: processes, default one per CPU.
+        on_done: called with each result as it arrives, from one thread at a time.
+    """
+    from glac.compile_worker import Worker
+
     todo: Sequence[KernelSpec] = list(dict.fromkeys(kernels))
-    tools = toolchain()
     results: dict[KernelSpec, CompiledKernel | GlacError] = {}
-
-    def one(kernel: KernelSpec) -> CompiledKernel | GlacError:
-        try:
-            return compile_kernel(kernel, tools)
-        except GlacError as error:
-            return error
-
     if not todo:
         return results
-    # Threads suffice: the compiler releases the GIL and the assembler is a process.
-    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
+    tools = toolchain()
+    count = min(jobs or os.cpu_count() or 1, len(todo))
+    workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    everyone = [Worker(tools) for _ in range(count)]
+    for worker in everyone:
+        workers.put(worker)
+
+    def one(kernel: KernelSpec) -> CompiledKernel | GlacError:
+        worker = workers.get()
+        try:
+            return worker.compile(kernel)
+        finally:
+            workers.put(worker)
+
+    with ThreadPoolExecutor(count) as pool:
         futures = {pool.submit(one, kernel): kernel for kernel in todo}
         try:
             for future in as_completed(futures):
@@ -274,4 +288,7 @@ def compile_many(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        finally:
+            for worker in everyone:
+                worker.close()
     return {kernel: results[kernel] for kernel in todo}

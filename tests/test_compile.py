@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,8 +84,9 @@ def test_every_thread_uses_the_pinned_assembler(
         for arch in ARCHS
     ]
     environment = dict(os.environ)
-    results = compile_many(kernels, jobs=4)
-    assert all(isinstance(result, CompiledKernel) for result in results.values())
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(compile_kernel, kernels))
+    assert all(isinstance(result, CompiledKernel) for result in results)
     assert used == {str(toolchain().ptxas_path)}
     # And nothing of it stays behind for other libraries.
     assert os.environ.get("TRITON_PTXAS_PATH") == environment.get("TRITON_PTXAS_PATH")
@@ -101,6 +104,32 @@ def test_failure_is_reported_and_the_rest_goes_on() -> None:
     assert sorted(kernel.name for kernel, _ in done) == sorted([broken.name, COMBINE.name])
     with pytest.raises(CompileError, match="does not compile"):
         compile_kernel(broken)
+
+
+def test_processes_give_what_one_thread_gives() -> None:
+    kernels = [KernelSpec("gla_fwd", SPEC, CONFIG, arch) for arch in sorted(ARCHS)]
+    assert compile_many(kernels, jobs=2) == {k: compile_kernel(k) for k in kernels}
+
+
+def test_compiler_that_dies_takes_nothing_along(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # A stand-in for the interpreter that runs workers: its first start ends at once.
+    mark = tmp_path / "died"
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!/bin/sh\nif [ ! -e {mark} ]; then touch {mark}; exit 7; fi\n"
+        f'exec {sys.executable} "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    other = KernelSpec("gla_fwd_combine", SPEC, CombineKernelConfig(256, 2), "sm_90a")
+    results = compile_many([COMBINE, other], jobs=1)
+    died = results[COMBINE]
+    assert isinstance(died, CompileError)
+    assert "the compiler died" in died.message
+    assert "exit status 7" in died.message
+    assert isinstance(results[other], CompiledKernel)
 
 
 def test_nothing_to_compile() -> None:
