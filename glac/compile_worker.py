@@ -61,6 +61,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            cwd=root,  # "-m" looks into the current folder first, and that may hold another glac
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
 

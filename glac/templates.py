@@ -150,8 +150,9 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
         "BF16": spec.dtype is DType.BF16,
         "PRECISION": "tf32x3" if spec.dtype is DType.FP32 else "tf32",
         "TMA": config.tma,
-        "INTERPRETED": False,
     }
+    if template == "gla_fwd":
+        values["INTERPRETED"] = False
     active = {a.name for a in active_args(template, spec)}
     values.update({a.name: None for a in TEMPLATES[template].args if a.name not in active})
     return values

@@ -31,10 +31,11 @@ Grid: x = V tiles (fastest, they share q, k and g in L2) x S segments x B*H.
 import triton
 import triton.language as tl
 
-from glac.kernel_templates._exact import exact_scores, exact_steps
+from glac.kernel_templates._exact import START_RANGE_LOG2, exact_segment, exact_segment_called
 from glac.kernel_templates._gate import LOG2E, cumulative_log2, lowrank_gate_log2, operand
 
-START_RANGE_LOG2 = tl.constexpr(80.0)
+CALLED_TILE = tl.constexpr(128 * 128)
+"""State tiles from here on call the exact pass, smaller ones inline it (see ``_exact``)."""
 
 
 @triton.jit
@@ -194,6 +195,8 @@ def gla_fwd(
             p_o = row[:, None] * (H * V) + o_v[None, :]
             tl.store(o + t * row_o + p_o, b_o.to(IO), mask=m_tv)
 
+    ht += i_bh.to(tl.int64) * K * V
+    is_last = i_s == n_seg - 1
     # Written so that a NaN counts as out of range.
     if not (tl.min(worst, 0) >= -START_RANGE_LOG2):
         if TMA and not INTERPRETED:
@@ -208,51 +211,20 @@ def gla_fwd(
                 pack=1,
             )
             tl.debug_barrier()
-        rowx = tl.arange(0, BX)
-        b_s = tl.load(h0 + p_state, mask=m_state & (has_h0 != 0), other=0.0)
-        for t in tl.range(t_begin, t_end, BX, num_stages=1):
-            m_t = t + rowx < T
-            m_tk = m_t[:, None] & m_k[None, :]
-            m_tv = m_t[:, None] & m_v[None, :]
-            m_after = (rowx < BX - 1) & (t + 1 + rowx < T)  # the step after each row of the block
-            if LOWRANK:
-                p_x = x + t * row_x + rowx[:, None] * (x_t * UR) + o_r[None, :]
-                b_x = tl.load(p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
-                b_g = lowrank_gate_log2(
-                    b_x, b_w, b_bias, inv_normalizer, clamp_log2, BF16, PRECISION
-                )
-                b_g = tl.where(m_t[:, None], b_g, 0.0)
-                b_x = tl.load(p_x + row_x, mask=m_after[:, None] & m_r[None, :], other=0.0)
-                b_after = lowrank_gate_log2(
-                    b_x, b_w, b_bias, inv_normalizer, clamp_log2, BF16, PRECISION
-                )
-                b_after = tl.where(m_after[:, None], b_after, 0.0)
-            else:
-                p_g = g + t * row_g + rowx[:, None] * (g_t * UK) + o_k[None, :]
-                b_g = tl.load(p_g, mask=m_tk, other=0.0)
-                b_after = tl.load(p_g + row_g, mask=m_after[:, None] & m_k[None, :], other=0.0)
-            p_k = rowx[:, None] * (k_t * UK) + o_k[None, :]
-            b_k = tl.load(k + t * row_k + p_k, mask=m_tk, other=0.0).to(tl.float32)
-            p_q = rowx[:, None] * (q_t * UK) + o_k[None, :]
-            b_q = tl.load(q + t * row_q + p_q, mask=m_tk, other=0.0).to(tl.float32) * scale
-            p_v = rowx[:, None] * (v_t * UV) + o_v[None, :]
-            b_v = operand(tl.load(v + t * row_v + p_v, mask=m_tv, other=0.0), IO)
-
-            b_step = exact_steps(b_g, LOWRANK)
-            b_cum = tl.cumsum(b_step, 0)
-            b_after = tl.cumsum(exact_steps(b_after, LOWRANK), 0, reverse=True)  # Gend - G
-            b_end = tl.min(b_cum, 0)
-            b_a = exact_scores(b_q, b_k, b_step, BX, IO, PRECISION)
-            b_a = operand(tl.where(rowx[:, None] >= rowx[None, :], b_a, 0.0), IO)
-            qh = operand(b_q * tl.exp2(b_cum), IO)
-            kh = operand(b_k * tl.exp2(b_after), IO)
-            b_o = tl.dot(qh, operand(b_s, IO), input_precision=PRECISION)
-            b_o = tl.dot(b_a, b_v, b_o, input_precision=PRECISION)
-            b_s = b_s * tl.exp2(b_end)[:, None]
-            b_s = tl.dot(tl.trans(kh), b_v, b_s, input_precision=PRECISION)
-            p_o = rowx[:, None] * (H * V) + o_v[None, :]
-            tl.store(o + t * row_o + p_o, b_o.to(IO), mask=m_tv)
-
-    if (has_ht != 0) & (i_s == n_seg - 1):
-        ht += i_bh.to(tl.int64) * K * V
-        tl.store(ht + p_state, b_s, mask=m_state)
+        keep = has_ht * is_last.to(tl.int32)
+        if BK * BV >= CALLED_TILE:
+            exact_segment_called(
+                q, k, v, g, x, w, bias, o, h0, ht, h0, scale, inv_normalizer, clamp_log2,
+                T, t_begin, t_end, i_h, i_v, has_h0, keep, has_bias,
+                q_t, k_t, v_t, g_t, x_t, H * V,
+                K, V, R, BK, BR, UK, UV, UR, BV, BX, True, LOWRANK, BF16, PRECISION,
+            )  # fmt: skip
+        else:
+            exact_segment(
+                q, k, v, g, x, w, bias, o, h0, ht, h0, scale, inv_normalizer, clamp_log2,
+                T, t_begin, t_end, i_h, i_v, has_h0, keep, has_bias,
+                q_t, k_t, v_t, g_t, x_t, H * V,
+                K, V, R, BK, BR, UK, UV, UR, BV, BX, True, LOWRANK, BF16, PRECISION,
+            )  # fmt: skip
+    else:
+        tl.store(ht + p_state, b_s, mask=m_state & (has_ht != 0) & is_last)

@@ -22,9 +22,8 @@ Grid: x = V tiles (fastest) x (S - 1) segments x B*H.
 import triton
 import triton.language as tl
 
-from glac.kernel_templates._exact import exact_steps
+from glac.kernel_templates._exact import START_RANGE_LOG2, exact_segment
 from glac.kernel_templates._gate import LOG2E, cumulative_log2, lowrank_gate_log2, operand
-from glac.kernel_templates.gla_fwd import START_RANGE_LOG2
 
 
 @triton.jit
@@ -71,7 +70,6 @@ def gla_fwd_summary(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
     IO: tl.constexpr = v.dtype.element_ty
@@ -151,46 +149,18 @@ def gla_fwd_summary(
         b_s = tl.dot(tl.trans(kh), operand(b_v, IO), b_s, input_precision=PRECISION)
         b_s = b_s * tl.exp2(b_end)[:, None]
 
+    i_bhs = i_bh.to(tl.int64) * n_seg + i_s
+    states += (i_bhs + 1) * K * V
+    decay += i_bhs * K
     # Written so that a NaN counts as out of range.
     if not (tl.min(worst, 0) >= -START_RANGE_LOG2):
-        rowx = tl.arange(0, BX)
-        b_s = tl.zeros([BK, BV], dtype=tl.float32)
-        b_d = tl.zeros([BK], dtype=tl.float32)
-        for t in tl.range(t_begin, t_end, BX, num_stages=1):
-            m_t = t + rowx < T
-            m_tk = m_t[:, None] & m_k[None, :]
-            m_tv = m_t[:, None] & m_v[None, :]
-            m_after = (rowx < BX - 1) & (t + 1 + rowx < T)  # the step after each row of the block
-            if LOWRANK:
-                p_x = x + t * row_x + rowx[:, None] * (x_t * UR) + o_r[None, :]
-                b_x = tl.load(p_x, mask=m_t[:, None] & m_r[None, :], other=0.0)
-                b_g = lowrank_gate_log2(
-                    b_x, b_w, b_bias, inv_normalizer, clamp_log2, BF16, PRECISION
-                )
-                b_g = tl.where(m_t[:, None], b_g, 0.0)
-                b_x = tl.load(p_x + row_x, mask=m_after[:, None] & m_r[None, :], other=0.0)
-                b_after = lowrank_gate_log2(
-                    b_x, b_w, b_bias, inv_normalizer, clamp_log2, BF16, PRECISION
-                )
-                b_after = tl.where(m_after[:, None], b_after, 0.0)
-            else:
-                p_g = g + t * row_g + rowx[:, None] * (g_t * UK) + o_k[None, :]
-                b_g = tl.load(p_g, mask=m_tk, other=0.0)
-                b_after = tl.load(p_g + row_g, mask=m_after[:, None] & m_k[None, :], other=0.0)
-            p_k = rowx[:, None] * (k_t * UK) + o_k[None, :]
-            b_k = tl.load(k + t * row_k + p_k, mask=m_tk, other=0.0)
-            p_v = rowx[:, None] * (v_t * UV) + o_v[None, :]
-            b_v = tl.load(v + t * row_v + p_v, mask=m_tv, other=0.0)
-            b_step = exact_steps(b_g, LOWRANK)
-            b_cum = tl.cumsum(b_step, 0)
-            b_after = tl.cumsum(exact_steps(b_after, LOWRANK), 0, reverse=True)  # Gend - G
-            b_end = tl.min(b_cum, 0)
-            b_d += b_end
-            kh = operand(b_k * tl.exp2(b_after), IO)
-            b_s = b_s * tl.exp2(b_end)[:, None]
-            b_s = tl.dot(tl.trans(kh), operand(b_v, IO), b_s, input_precision=PRECISION)
-
-    i_bhs = i_bh.to(tl.int64) * n_seg + i_s
-    p_state = o_k[:, None] * V + o_v[None, :]
-    tl.store(states + (i_bhs + 1) * K * V + p_state, b_s, mask=m_k[:, None] & m_v[None, :])
-    tl.store(decay + i_bhs * K + o_k, b_d, mask=m_k & (i_v == 0))
+        exact_segment(
+            k, k, v, g, x, w, bias, v, states, states, decay, 1.0, inv_normalizer, clamp_log2,
+            T, t_begin, t_end, i_h, i_v, has_bias, 1, has_bias,
+            k_t, k_t, v_t, g_t, x_t, H,
+            K, V, R, BK, BR, UK, UV, UR, BV, BX, False, LOWRANK, BF16, PRECISION,
+        )  # fmt: skip
+    else:
+        p_state = o_k[:, None] * V + o_v[None, :]
+        tl.store(states + p_state, b_s, mask=m_k[:, None] & m_v[None, :])
+        tl.store(decay + o_k, b_d, mask=m_k & (i_v == 0))
