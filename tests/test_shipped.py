@@ -1,0 +1,75 @@
+"""What ships: every tuned row compiles to the machine code that was measured, for both archs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from glac.build import build_packs
+from glac.compile import PINNED_PTXAS, compile_many, toolchain
+from glac.configs import why_illegal
+from glac.errors import GlacError
+from glac.gpus import GPUS
+from glac.kernelspec import forward_kernels
+from glac.templates import templates_sha256
+from glac.tuned import TunedFile, shipped, shipped_names
+
+FILES = shipped_names()
+
+
+def tuned(name: str) -> TunedFile:
+    file = shipped(name)
+    assert file is not None
+    return file
+
+
+def test_something_ships() -> None:
+    assert {"h100", "h200"} <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rows_were_measured_with_these_templates(name: str) -> None:
+    file = tuned(name)
+    assert file.gpu == name
+    assert file.environment.templates_sha256 == templates_sha256(), (
+        f"the templates changed after {name}.yaml was measured: tune again"
+    )
+    assert file.environment.ptxas == PINNED_PTXAS
+    assert file.rows
+    for row in file.rows:
+        assert row.stats.error <= min(4e-3, 2 * row.stats.yardstick_error)
+        assert row.stats.us <= row.stats.default_us
+        assert row.stats.candidates >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_every_row_compiles_to_what_was_measured(name: str) -> None:
+    file = tuned(name)
+    if file.environment.triton != toolchain().triton:
+        pytest.skip(f"measured with Triton {file.environment.triton}")
+    arch = GPUS[name].arch
+    certified = {kernel.name: kernel for row in file.rows for kernel in row.kernels}
+    wanted = [k for row in file.rows for k in forward_kernels(row.spec, row.config, arch)]
+    for kernel, built in compile_many(wanted).items():
+        assert not isinstance(built, GlacError), built
+        facts = certified[kernel.name]
+        assert built.sha256 == facts.cubin_sha256, kernel.name
+        assert built.spill_bytes == facts.spill_bytes, kernel.name
+        assert built.registers == facts.registers, kernel.name
+        assert built.shared == facts.shared, kernel.name
+
+
+@pytest.mark.slow
+def test_ampere_pack_builds(tmp_path: Path) -> None:
+    (result,) = build_packs(["a100"], tmp_path)
+    assert result.pack.arch == "sm_80"
+    assert result.pack.rows
+    limit = GPUS["a100"].shared_per_block
+    for row in result.pack.rows:
+        assert why_illegal(row.spec, row.config, GPUS["a100"]) is None
+    for name, kernel in result.pack.kernels.items():
+        assert kernel.shared <= limit, name
+        assert kernel.registers <= 255, name
+        assert kernel.spill_bytes <= 2048, name
