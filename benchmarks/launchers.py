@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path)
     options = parser.parse_args()
 
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout is enough
     import torch
 
     from glac.launch import load_from_pack

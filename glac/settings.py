@@ -34,6 +34,11 @@ def _cache_dir() -> Path:
     return Path(base) / "glac"
 
 
+def checked_mode() -> bool:
+    """Whether ``GLAC_CHECKED`` is on. The one variable that every call reads."""
+    return "GLAC_CHECKED" in os.environ and _flag("GLAC_CHECKED")
+
+
 @dataclass(frozen=True)
 class Settings:
     """A snapshot of the environment; see the module docstring for each field's variable."""
