@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from glac import dispatch
+from glac.configs import MAX_SEGMENTS
 from glac.errors import InputError, NotDifferentiableError
-from glac.forward import STEP_MIN, GateInput, run_forward
+from glac.forward import STEP_MIN, ForwardPlan, GateInput, run_forward
 from glac.problem import Problem
 from glac.settings import checked_mode
 from glac.templates import stride_unit
@@ -71,8 +72,16 @@ class _ForwardOnly(torch.autograd.Function):
         )
 
 
+def _plan(problem: Problem, device: int) -> ForwardPlan | None:
+    """The plan that serves ``problem``, or ``None`` if PyTorch should."""
+    # The largest grid any config has; launches count programs in 31 bits.
+    if problem.B * problem.H * -(-problem.spec.V // 16) * MAX_SEGMENTS > MAX_PROGRAMS:
+        return None
+    return dispatch.resolve(problem, device)[1]
+
+
 def _run_kernels(
-    problem: Problem,
+    plan: ForwardPlan,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -80,15 +89,9 @@ def _run_kernels(
     scale: float,
     initial_state: Tensor | None,
     output_final_state: bool,
-) -> tuple[Tensor, Tensor | None] | None:
-    """Run the plan of ``problem`` on q's device, or ``None`` if PyTorch should."""
-    device = q.device.index
-    spec = problem.spec
-    if problem.B * problem.H * max(1, spec.V // 16) * 256 > MAX_PROGRAMS:
-        return None
-    _, plan = dispatch.resolve(problem, device)
-    if plan is None:
-        return None
+) -> tuple[Tensor, Tensor | None]:
+    """Run ``plan`` on q's device, with tensors copied where kernels cannot read their layout."""
+    device, spec = q.device.index, plan.problem.spec
     unit_k, unit_v = stride_unit(spec.K), stride_unit(spec.V)
     if gate.lowrank:
         x, weight, bias = gate.tensors
@@ -128,16 +131,18 @@ def _call(
     initial_state: Tensor | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
-    if not _wants_grad(q, k, v, *gate.tensors, initial_state):
-        return _run_kernels(problem, q, k, v, gate, scale, initial_state, output_final_state)
-    if dispatch.resolve(problem, q.device.index)[1] is None:
+    """The result from kernels, or ``None`` if PyTorch should serve the call."""
+    plan = _plan(problem, q.device.index)
+    if plan is None:
         return None
+    if not _wants_grad(q, k, v, *gate.tensors, initial_state):
+        return _run_kernels(plan, q, k, v, gate, scale, initial_state, output_final_state)
 
     def run(q: Tensor, k: Tensor, v: Tensor, h0: Tensor | None, *tensors: Tensor | None) -> Any:
         inner = GateInput(tensors, gate.inv_normalizer, gate.clamp)
-        return _run_kernels(problem, q, k, v, inner, scale, h0, output_final_state)
+        return _run_kernels(plan, q, k, v, inner, scale, h0, output_final_state)
 
-    result: tuple[Tensor, Tensor | None] | None = _ForwardOnly.apply(  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor | None] = _ForwardOnly.apply(  # type: ignore[no-untyped-call]
         run, q, k, v, initial_state, *gate.tensors
     )
     return result
