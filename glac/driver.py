@@ -36,6 +36,20 @@ def _library() -> Any:
     )
 
 
+@functools.cache
+def _launcher() -> Any:
+    """``cuLaunchKernel`` with declared types: plain integers are converted without wrappers."""
+    prototype = ctypes.CFUNCTYPE(
+        ctypes.c_int,
+        ctypes.c_void_p,
+        *[ctypes.c_uint] * 7,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    )
+    return prototype(("cuLaunchKernel", _library()))
+
+
 def _check(code: int, what: str) -> None:
     if code == 0:
         return
@@ -103,13 +117,15 @@ class DriverKernel:
         self.device = device
         self.scratch_bytes = scratch_bytes
         self.pointers = sum(kind.startswith("*") for kind in kinds)
-        self._pack = struct.Struct(argument_format(kinds)).pack
-        self._threads = ctypes.c_uint(32 * num_warps)
-        self._shared = ctypes.c_uint(shared)
-        self._one = ctypes.c_uint(1)
-        self._size = ctypes.c_size_t(struct.calcsize(argument_format(kinds)))
+        layout = struct.Struct(argument_format(kinds))
+        self._pack_into = layout.pack_into
+        self._size = ctypes.c_size_t(layout.size)
+        self._threads = 32 * num_warps
+        self._shared = shared
+        # Each thread has its own buffer: ctypes drops the GIL while the driver reads it.
+        self._local = threading.local()
         library = _library()
-        self._launch_kernel = library.cuLaunchKernel
+        self._launch_kernel = _launcher()
         self._cubin = cubin  # the driver may read it after the load call
         module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
         code = library.cuLibraryLoadData(
@@ -154,6 +170,22 @@ class DriverKernel:
                 hint="the pack is damaged or from another glac version; rebuild it: glac build",
             )
 
+    def _slot(self) -> tuple[Any, Any]:
+        """This thread's parameter buffer, and the list that tells the driver about it."""
+        try:
+            return self._local.slot  # type: ignore[no-any-return]
+        except AttributeError:
+            buffer = ctypes.create_string_buffer(self._size.value)
+            extra = (ctypes.c_void_p * 5)(
+                1,  # CU_LAUNCH_PARAM_BUFFER_POINTER
+                ctypes.addressof(buffer),
+                2,  # CU_LAUNCH_PARAM_BUFFER_SIZE
+                ctypes.addressof(self._size),
+                0,  # CU_LAUNCH_PARAM_END
+            )
+            self._local.slot = (buffer, extra)
+            return buffer, extra
+
     def launch(self, values: Sequence[Any], grid: int, stream: int, scratch: int = 0) -> None:
         """Launch ``grid`` programs on a raw stream handle.
 
@@ -163,30 +195,9 @@ class DriverKernel:
             stream: ``CUstream`` as an integer.
             scratch: address of ``grid * scratch_bytes`` bytes of device memory.
         """
-        # A buffer per call: ctypes drops the GIL while the driver reads it.
-        buffer = self._pack(*values, scratch, 0)
-        size = self._size
-        extra = (ctypes.c_void_p * 5)(
-            1,  # CU_LAUNCH_PARAM_BUFFER_POINTER
-            ctypes.cast(ctypes.c_char_p(buffer), ctypes.c_void_p),
-            2,  # CU_LAUNCH_PARAM_BUFFER_SIZE
-            ctypes.addressof(size),
-            0,  # CU_LAUNCH_PARAM_END
-        )
-        one = self._one
-        args = (
-            self._handle,
-            ctypes.c_uint(grid),
-            one,
-            one,
-            self._threads,
-            one,
-            one,
-            self._shared,
-            ctypes.c_void_p(stream),
-            None,
-            extra,
-        )
+        buffer, extra = self._slot()
+        self._pack_into(buffer, 0, *values, scratch, 0)
+        args = (self._handle, grid, 1, 1, self._threads, 1, 1, self._shared, stream, None, extra)
         code = self._launch_kernel(*args)
         if code == _INVALID_CONTEXT:
             _enter_primary_context(self.device)

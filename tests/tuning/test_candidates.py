@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from glac import compile as compile_module
-from glac.compile import CompiledKernel, Toolchain
+from glac.compile import CompiledKernel
+from glac.compile_worker import Worker
 from glac.configs import ChunkKernelConfig, ForwardConfig
-from glac.errors import CompileError, StudyError
+from glac.errors import CompileError, GlacError, StudyError
 from glac.gpus import GPUS
 from glac.kernelspec import KernelSpec
 from glac.tuning import candidates as candidates_module
@@ -49,14 +50,15 @@ class Counting:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, refuse: int = -1) -> None:
         self.names: list[str] = []
-        self._compile, self._refuse = compile_module.compile_kernel, refuse
-        monkeypatch.setattr(compile_module, "compile_kernel", self)
+        compile_one = Worker.compile
 
-    def __call__(self, kernel: KernelSpec, tools: Toolchain | None = None) -> CompiledKernel:
-        self.names.append(kernel.name)
-        if getattr(kernel.config, "chunk", 0) == self._refuse:
-            raise CompileError("needs 999999 bytes of shared memory,\nsm_90a has 232448")
-        return self._compile(kernel, tools)
+        def compile_counted(worker: Worker, kernel: KernelSpec) -> CompiledKernel | GlacError:
+            self.names.append(kernel.name)
+            if getattr(kernel.config, "chunk", 0) == refuse:
+                return CompileError("needs 999999 bytes of shared memory,\nsm_90a has 232448")
+            return compile_one(worker, kernel)
+
+        monkeypatch.setattr(Worker, "compile", compile_counted)
 
 
 def test_everything_is_compiled_and_found_again(
