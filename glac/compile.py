@@ -170,7 +170,8 @@ class _PinnedAssembler:
         with contextlib.ExitStack() as stack:
             stack.enter_context(knobs.nvidia.scope())
             knobs.nvidia.ptxas = str(path)
-            if hasattr(type(knobs.nvidia), "ptxas_blackwell"):
+            # Triton 3.9 assembles sm_90 with the second one. (hasattr is False for its knobs.)
+            if "ptxas_blackwell" in vars(type(knobs.nvidia)):
                 knobs.nvidia.ptxas_blackwell = str(path)
             # A failing assembler makes Triton print the whole program on stdout.
             stack.callback(vars(backend).pop, "print", None)
@@ -193,6 +194,12 @@ def _resource_use(ptx: str, arch: str, ptxas: Path) -> tuple[int, int]:
         )
     registers = re.search(r"Used (\d+) registers", done.stderr)
     spill = re.search(r"(\d+) bytes spill stores", done.stderr)
+    if "Unsupported .version" in done.stderr:
+        # Then this Triton did not take the assembler it was given, and what it made is not ours.
+        raise CompileError(
+            f"this Triton emits code that {ptxas.name} does not read: {done.stderr.strip()[:200]}",
+            hint="use a Triton from 3.6 to 3.9 with the assembler of 'glac[build]'",
+        )
     if done.returncode or not registers or not spill:
         raise CompileError(f"ptxas reports no resource use: {done.stderr.strip()[:400]}")
     return int(registers.group(1)), int(spill.group(1))
