@@ -67,7 +67,7 @@ class CompiledKernel:
         symbol: entry point.
         shared: dynamic shared memory, bytes.
         registers: per thread.
-        spill_bytes: stored to local memory because registers ran out.
+        spill_bytes: stored to local memory because registers ran out, called functions included.
         scratch_bytes: global scratch per program (tensor descriptors), 0 for most kernels.
     """
 
@@ -193,16 +193,17 @@ def _resource_use(ptx: str, arch: str, ptxas: Path) -> tuple[int, int]:
             check=False,
         )
     registers = re.search(r"Used (\d+) registers", done.stderr)
-    spill = re.search(r"(\d+) bytes spill stores", done.stderr)
+    # One line for the kernel and one for each function it calls.
+    spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
     if "Unsupported .version" in done.stderr:
         # Then this Triton did not take the assembler it was given, and what it made is not ours.
         raise CompileError(
             f"this Triton emits code that {ptxas.name} does not read: {done.stderr.strip()[:200]}",
             hint="use a Triton from 3.6 to 3.9 with the assembler of 'glac[build]'",
         )
-    if done.returncode or not registers or not spill:
+    if done.returncode or not registers or not spills:
         raise CompileError(f"ptxas reports no resource use: {done.stderr.strip()[:400]}")
-    return int(registers.group(1)), int(spill.group(1))
+    return int(registers.group(1)), sum(map(int, spills))
 
 
 def compile_kernel(kernel: KernelSpec, tools: Toolchain | None = None) -> CompiledKernel:
