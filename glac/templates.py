@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,9 @@ TEMPLATES: dict[str, Template] = {
     )
 }
 
+FORWARD = ("gla_fwd", "gla_fwd_summary", "gla_fwd_combine")
+"""Templates of the forward pass."""
+
 _VECTOR_ONLY = frozenset({"g", "g_b", "g_t", "g_h"})
 _LOWRANK_ONLY = frozenset(
     {"x", "w", "bias", "inv_normalizer", "clamp_log2", "has_bias", "x_b", "x_t"}
@@ -165,9 +170,27 @@ def tiles(template: str, spec: Specialisation, config: KernelConfig) -> int:
     return math.ceil(spec.V / config.block_v)
 
 
-def templates_sha256() -> str:
-    """Hash of every template source: what a tuned row or a pack was made from."""
+_IMPORT = re.compile(r"^from glac\.kernel_templates\.(\w+) import", re.MULTILINE)
+
+
+def template_sources(names: Iterable[str]) -> list[Path]:
+    """The files that templates are made of: their own and, in turn, those they import."""
+    found: dict[str, Path] = {"__init__": TEMPLATE_DIR / "__init__.py"}
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found[name] = TEMPLATE_DIR / f"{name}.py"
+            todo.extend(_IMPORT.findall(found[name].read_text(encoding="utf-8")))
+    return [found[name] for name in sorted(found)]
+
+
+def templates_sha256(names: Iterable[str] = FORWARD) -> str:
+    """Hash of the sources of some templates: what a tuned row or a pack was made from.
+
+    Other templates do not enter, so a new one leaves what was measured before valid.
+    """
     digest = hashlib.sha256()
-    for path in sorted(TEMPLATE_DIR.glob("*.py")):
+    for path in sorted(template_sources(names)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

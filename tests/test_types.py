@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from glac import templates
 from glac.configs import (
     BLOCKS_V,
     CHUNKS,
@@ -304,3 +307,20 @@ def test_stride_unit(dim: int) -> None:
     assert dim % unit == 0
     assert unit in (1, 2, 4, 8, 16)
     assert unit == 16 or dim % (2 * unit)
+
+
+def test_template_sources_are_what_is_imported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(templates.TEMPLATE_DIR, tmp_path / "t")
+    monkeypatch.setattr(templates, "TEMPLATE_DIR", tmp_path / "t")
+    before = templates.templates_sha256()
+    names = {path.stem for path in templates.template_sources(templates.FORWARD)}
+    assert names >= {"__init__", "_exact", "_gate", *templates.FORWARD}
+    (tmp_path / "t" / "gla_new.py").write_text("from glac.kernel_templates._gate import LOG2E\n")
+    assert templates.templates_sha256() == before
+    assert templates.templates_sha256(["gla_new"]) != before
+    for name in ("gla_fwd_summary", "_gate"):
+        path = tmp_path / "t" / f"{name}.py"
+        path.write_text(path.read_text() + "# changed\n")
+        assert templates.templates_sha256() != before
