@@ -3,11 +3,16 @@
     S_t = diag(exp g_t) S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
 
 ``recurrent_gla`` is the definition, ``chunk_gla`` the fast exact form and the fallback where no
-kernel fits, ``lowrank_gate`` the layer's gate, ``yardstick_chunk_gla`` a run in kernel precision
-that sets error budgets, and ``relative_rms`` the error measure. Nothing here needs more than
-torch.
+kernel fits, ``chunk_gla_backward`` its gradients without autograd, ``lowrank_gate`` the layer's
+gate, ``yardstick_chunk_gla`` and ``yardstick_chunk_gla_backward`` runs in kernel precision that
+set error budgets, and ``relative_rms`` the error measure. Nothing here needs more than torch.
 """
 
+from glac.reference.backward import (
+    Gradients,
+    chunk_gla_backward,
+    yardstick_chunk_gla_backward,
+)
 from glac.reference.chunked import chunk_gla
 from glac.reference.error import relative_rms
 from glac.reference.gate import lowrank_gate
@@ -15,9 +20,12 @@ from glac.reference.recurrent import recurrent_gla
 from glac.reference.yardstick import yardstick_chunk_gla
 
 __all__ = [
+    "Gradients",
     "chunk_gla",
+    "chunk_gla_backward",
     "lowrank_gate",
     "recurrent_gla",
     "relative_rms",
     "yardstick_chunk_gla",
+    "yardstick_chunk_gla_backward",
 ]
