@@ -34,6 +34,11 @@ from glac.validate import (
 __all__ = ["chunk_gla", "chunk_gla_lowrank"]
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    """A contiguous copy in memory of its own, hence aligned."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _laid_out(tensor: Tensor, unit: int) -> Tensor:
     """``tensor`` in a layout the kernels read: a copy only where its own layout is unusable.
 
@@ -46,15 +51,13 @@ def _laid_out(tensor: Tensor, unit: int) -> Tensor:
         and tensor.shape[-1] <= outer[1] < MAX_TOKEN_STRIDE
         and tensor.data_ptr() % 16 == 0
     )
-    if usable:
-        return tensor
-    return tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
+    return tensor if usable else _copied(tensor)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
         return tensor
-    return tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
+    return _copied(tensor)
 
 
 class _ForwardOnly(torch.autograd.Function):

@@ -41,6 +41,7 @@ from glac import __version__
 from glac.errors import ConfigError, GlacError, MissingEnvironmentError
 from glac.gpus import match_gpu
 from glac.problem import DType, Gate, Problem, Specialisation
+from glac.validate import TORCH_DTYPES
 
 Shape = tuple[int, int, int, int, int]
 """B, T, H, K, V."""
@@ -60,11 +61,6 @@ LOWRANK_SHAPES: tuple[Shape, ...] = ((16, 2048, 8, 128, 128), (8, 2048, 16, 64, 
 _FLUSH_BYTES = 256 << 20  # several times the L2 cache of any listed GPU
 _COPY_BYTES = 1 << 30
 _NORMALIZER = 16.0
-_TORCH_DTYPES = {
-    DType.BF16: torch.bfloat16,
-    DType.FP16: torch.float16,
-    DType.FP32: torch.float32,
-}
 
 
 @dataclass(frozen=True)
@@ -398,22 +394,9 @@ class Work:
 
     @functools.cached_property
     def inputs(self) -> Any:
-        from glac.testing import make_inputs
+        from glac.testing import problem_inputs
 
-        p, spec = self.problem, self.problem.spec
-        return make_inputs(
-            p.B,
-            p.T,
-            p.H,
-            spec.K,
-            spec.V,
-            dtype=_TORCH_DTYPES[spec.dtype],
-            device=self.device,
-            gate=spec.gate.value,
-            gate_dtype=_TORCH_DTYPES[spec.gate_dtype],
-            rank=spec.rank or 16,
-            seed=self.seed,
-        )
+        return problem_inputs(self.problem, device=self.device, seed=self.seed)
 
     def _first(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v, g of batch element 0 in ``dtype``, or as they are; a gate made exactly."""
@@ -464,7 +447,7 @@ class Work:
         shape = (p.B, p.H * spec.V // D, p.T, D)
         q, k, v = (
             torch.randn(shape, generator=generator, device=self.device).to(
-                _TORCH_DTYPES[spec.dtype]
+                TORCH_DTYPES[spec.dtype]
             )
             for _ in range(3)
         )

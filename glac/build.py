@@ -156,6 +156,22 @@ def _heuristic_rows(gpu: GpuSpec, relatives: Sequence[TunedFile]) -> Iterator[_W
         yield _Wanted(gpu, "heuristic", "", problem, config)
 
 
+def _planned(gpu: GpuSpec, folder: Path | None) -> tuple[list[_Wanted], list[TunedFile]]:
+    """The rows of a GPU before anything is compiled, and the files they come from."""
+    own = _tuned_file(gpu.name, folder)
+    if own is not None:
+        return list(_tuned_rows(gpu, own)), [own]
+    found = (_tuned_file(name, folder) for name in RELATIVES.get(gpu.name, ()))
+    relatives = [file for file in found if file is not None]
+    return list(_heuristic_rows(gpu, relatives)), relatives
+
+
+def planned_kernels(gpus: Sequence[str]) -> set[KernelSpec]:
+    """What ``build_packs`` would compile for ``gpus`` from the files that came with glac."""
+    rows = (row for name in gpus for row in _planned(gpu_by_name(name), None)[0])
+    return {kernel for row in rows for kernel in row.kernels()}
+
+
 def _smaller(config: ChunkKernelConfig) -> Iterator[ChunkKernelConfig]:
     """What to try next: fewer stages, then shorter chunks, then fewer columns.
 
@@ -341,15 +357,9 @@ def build_packs(
         wanted: list[_Wanted] = []
         files: dict[str, TunedFile] = {}
         for gpu in archs[arch]:
-            own = _tuned_file(gpu.name, folder)
-            if own is not None:
-                files[own.gpu] = own
-                wanted += _tuned_rows(gpu, own)
-                continue
-            found = (_tuned_file(name, folder) for name in RELATIVES.get(gpu.name, ()))
-            relatives = [file for file in found if file is not None]
-            files.update((file.gpu, file) for file in relatives)
-            wanted += _heuristic_rows(gpu, relatives)
+            rows_of_gpu, sources = _planned(gpu, folder)
+            wanted += rows_of_gpu
+            files.update((file.gpu, file) for file in sources)
         rows, compiled, warnings = _compile_rows(wanted, jobs, progress)
         for name in sorted(files):
             warning = _check_certified(files[name], compiled, tools)

@@ -58,7 +58,7 @@ class Decision:
 
 @dataclass
 class Stats:
-    """Counters since the process started (or ``reset``).
+    """Counters since the process started (or ``clear``).
 
     Attributes:
         decisions: problems resolved, by provider.
@@ -123,11 +123,16 @@ def installed_packs(settings: Settings, arch: str) -> tuple[tuple[Pack, ...], tu
     return tuple(packs), tuple(refused)
 
 
+def _nearness(bucket: Bucket, wanted: Bucket) -> tuple[int, int]:
+    """Sorts buckets by distance, ties to the smaller one."""
+    return bucket.distance(wanted), bucket.bh + bucket.t
+
+
 def _rank(row: PackRow, gpu: GpuSpec, bucket: Bucket) -> tuple[int, int, int, int]:
     family = (gpu.name, *RELATIVES.get(gpu.name, ()))
     kinship = family.index(row.gpu) if row.gpu in family else len(family)
     guessed = int(row.source != "tuned")
-    return guessed, kinship, row.bucket.distance(bucket), row.bucket.bh + row.bucket.t
+    return guessed, kinship, *_nearness(row.bucket, bucket)
 
 
 def best_row(rows: Iterable[PackRow], problem: Problem, gpu: GpuSpec) -> PackRow | None:
@@ -224,10 +229,7 @@ def miss_config(problem: Problem, gpu: GpuSpec) -> ForwardConfig:
         file = shipped(name)
         rows = [row for row in file.rows if row.spec == problem.spec] if file else []
         if rows:
-            bucket = problem.bucket
-            return min(
-                rows, key=lambda r: (r.bucket.distance(bucket), r.bucket.bh + r.bucket.t)
-            ).config
+            return min(rows, key=lambda row: _nearness(row.bucket, problem.bucket)).config
     return default_forward(problem.spec, gpu, problem.bucket)
 
 

@@ -62,12 +62,6 @@ ON_CPU = (
 BUDGET = 2.0
 """A result may be this many times as far from fp64 as PyTorch in the kernels' precision."""
 
-_TORCH_DTYPES = {
-    DType.BF16: torch.bfloat16,
-    DType.FP16: torch.float16,
-    DType.FP32: torch.float32,
-}
-
 
 @dataclass(frozen=True)
 class Run:
@@ -264,28 +258,6 @@ def _choose(problem: Problem, gpu: GpuSpec) -> _Choice:
     return _Choice(gpu.name, "heuristic", "", problem, config)
 
 
-def _all_kernels() -> set[KernelSpec]:
-    """What ``glac build`` would compile."""
-    from glac.build import STANDARD_PROBLEMS
-    from glac.tuned import shipped
-
-    kernels: set[KernelSpec] = set()
-    for name in DEFAULT_BUILD:
-        gpu = GPUS[name]
-        own = shipped(name)
-        others = [shipped(other) for other in RELATIVES.get(name, ())]
-        files = [own] if own else [file for file in others if file]
-        rows = [(row.spec, row.config) for file in files for row in file.rows]
-        if not rows:
-            rows = [
-                (problem.spec, default_forward(problem.spec, gpu, problem.bucket))
-                for problem in STANDARD_PROBLEMS
-            ]
-        for spec, config in rows:
-            kernels.update(forward_kernels(spec, config, gpu.arch))
-    return kernels
-
-
 def _write_packs(
     report: Report,
     choices: Sequence[_Choice],
@@ -356,9 +328,11 @@ def _show_pack(
 
 def _cross_build(report: Report, folder: Path, jobs: int | None, say: Say, progress: Say) -> None:
     try:
+        from glac.build import planned_kernels
+
         choices = [_choose(p, GPUS[name]) for name in CROSS_GPUS for p in CROSS_BUILT]
         count = len({kernel for choice in choices for kernel in choice.kernels()})
-        total = len(_all_kernels())
+        total = len(planned_kernels(DEFAULT_BUILD))
         say(
             f"compiling {count} kernels, those of {len(CROSS_BUILT)} problems; "
             f"`glac build` makes all {total}"
@@ -521,20 +495,11 @@ def _run_on_cpu(report: Report, say: Say, progress: Say) -> None:
 def _check_on_cpu(problem: Problem) -> Run:
     """Run the public operation on CPU tensors, beside the recurrence in fp64."""
     from glac import attention, reference
-    from glac.testing import make_inputs
+    from glac.testing import problem_inputs
 
     spec = problem.spec
     lowrank = spec.gate is Gate.LOWRANK
-    x = make_inputs(
-        problem.B,
-        problem.T,
-        problem.H,
-        spec.K,
-        spec.V,
-        dtype=_TORCH_DTYPES[spec.dtype],
-        gate=spec.gate.value,
-        rank=spec.rank or 16,
-    )
+    x = problem_inputs(problem)
     with torch.no_grad():
         if lowrank:
             assert x.x is not None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glac.errors import InputError
+from glac.problem import Problem
+from glac.validate import TORCH_DTYPES
 
 HARD_GATE_VALUES: tuple[float, ...] = (0.0, -1e-30, -0.06, -5.0, -50.0, -1e4, -math.inf)
 """Log decays that break naive chunk formulas: none, nearly none, mild, fast, resets."""
@@ -109,6 +111,44 @@ def make_inputs(
         bias = draw(H * K).to(dtype)
         return Inputs(q, k, v, x=x, weight=weight, bias=bias, initial_state=state)
     raise InputError(f"gate must be 'vector' or 'lowrank', got {gate!r}")
+
+
+def problem_inputs(
+    problem: Problem,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    initial_state: bool = False,
+) -> Inputs:
+    """Inputs of a problem, in the dtypes of its specialisation.
+
+    Args:
+        problem: Sizes, gate kind and dtypes.
+        device: Where to draw.
+        seed: Seed of the generator.
+        initial_state: Whether to draw a state to start from.
+
+    Returns:
+        As ``make_inputs``; a low-rank gate's bias is in the problem's gate dtype.
+    """
+    spec = problem.spec
+    inputs = make_inputs(
+        problem.B,
+        problem.T,
+        problem.H,
+        spec.K,
+        spec.V,
+        dtype=TORCH_DTYPES[spec.dtype],
+        device=device,
+        gate=spec.gate.value,
+        gate_dtype=TORCH_DTYPES[spec.gate_dtype],
+        rank=spec.rank,
+        seed=seed,
+        initial_state=initial_state,
+    )
+    if inputs.bias is None:
+        return inputs
+    return replace(inputs, bias=inputs.bias.to(TORCH_DTYPES[spec.gate_dtype]))
 
 
 def hard_gates(

@@ -20,6 +20,7 @@ DTYPES: dict[torch.dtype, DType] = {
     torch.float16: DType.FP16,
     torch.float32: DType.FP32,
 }
+TORCH_DTYPES: dict[DType, torch.dtype] = {ours: theirs for theirs, ours in DTYPES.items()}
 _SUPPORTED = "torch.bfloat16, torch.float16 or torch.float32"
 # Offsets inside a tile are 32-bit: 128 rows of a token stride must stay below 2^31 elements.
 MAX_TOKEN_STRIDE = 2**24

@@ -21,10 +21,11 @@ from glac.errors import GlacError
 from glac.forward import ForwardPlan, GateInput, Kernel, run_forward
 from glac.problem import DType, Gate, Problem, Specialisation
 from glac.reference import chunk_gla, lowrank_gate, yardstick_chunk_gla
-from glac.testing import Inputs, hard_gates, make_inputs
+from glac.testing import Inputs, hard_gates, problem_inputs
 from glac.tuning.evaluate import NOT_REPEATABLE, OK, WRONG, Effort, Outcome, Yardstick
 from glac.tuning.stats import spread
 from glac.tuning.timing import Stopwatch
+from glac.validate import TORCH_DTYPES
 
 CEILING = {DType.BF16: 4e-3, DType.FP16: 1e-3, DType.FP32: 1e-4}
 """Largest relative rms error of any kernel, whatever the yardstick says."""
@@ -33,12 +34,6 @@ FLOOR = {DType.BF16: 0.0, DType.FP16: 0.0, DType.FP32: 1e-5}
 TIMES_YARDSTICK = 2.0
 ROW_TIMES_YARDSTICK = 5.0
 """The worst row is an extreme of many, hence the wider factor; a misplaced one is 100x off."""
-
-TORCH_DTYPES = {
-    DType.BF16: torch.bfloat16,
-    DType.FP16: torch.float16,
-    DType.FP32: torch.float32,
-}
 _SLICE_ELEMENTS = 1 << 25
 _RAGGED_TOKENS = 173
 _NORMALIZER = 16.0
@@ -186,27 +181,6 @@ def _poison(problem: Problem, config: ForwardConfig, device: torch.device) -> No
     del held
 
 
-def _draw(problem: Problem, device: torch.device, seed: int, with_state: bool) -> Inputs:
-    spec = problem.spec
-    inputs = make_inputs(
-        problem.B,
-        problem.T,
-        problem.H,
-        spec.K,
-        spec.V,
-        dtype=TORCH_DTYPES[spec.dtype],
-        device=device,
-        gate="lowrank" if spec.gate is Gate.LOWRANK else "vector",
-        gate_dtype=TORCH_DTYPES[spec.gate_dtype],
-        rank=max(1, spec.rank),
-        seed=seed,
-        initial_state=with_state,
-    )
-    if inputs.bias is not None:
-        inputs = replace(inputs, bias=inputs.bias.to(TORCH_DTYPES[spec.gate_dtype]))
-    return inputs
-
-
 class Checker:
     """Checks and times the candidates of one problem.
 
@@ -234,7 +208,7 @@ class Checker:
 
     @cached_property
     def _tuned(self) -> _Case:
-        inputs = _draw(self._problem, self._device, self._seed, with_state=False)
+        inputs = problem_inputs(self._problem, device=self._device, seed=self._seed)
         return _make_case(self._problem, inputs, _NORMALIZER, with_state=False)
 
     @property
@@ -247,7 +221,9 @@ class Checker:
         if tokens not in self._small:
             spec = self._problem.spec
             problem = Problem(spec, B=2, T=tokens, H=3)
-            mild = _draw(problem, self._device, self._seed + 1, with_state=True)
+            mild = problem_inputs(
+                problem, device=self._device, seed=self._seed + 1, initial_state=True
+            )
             normalizer = _NORMALIZER
             if spec.gate is Gate.VECTOR:
                 gates = hard_gates(
