@@ -1,11 +1,16 @@
 """Side-by-side times of GLA implementations on one GPU: ``glac bench``.
 
-Every implementation is called through its public function. What a row's numbers mean:
+Every implementation is called through its public function. ``op`` is ``forward``, with autograd
+off, or ``training``: a forward pass on inputs that require gradients, then ``torch.autograd.grad``
+with respect to all of them. What a row's numbers mean:
 
-    us        median device time of one call, replayed as a CUDA graph where it can be captured
-    eager_us  median wall time of one call as a user makes it, from the call to the finished output
-    floor_us  bytes the problem must move / copy bandwidth measured in the same run
-    error     relative rms against fp64, batch element 0
+    us          median device time of one call, replayed as a CUDA graph where it can be captured
+    eager_us    median wall time of one call as a user makes it, from the call to the last result
+    floor_us    bytes the problem must move / copy bandwidth measured in the same run
+    errors      relative rms of o, or of each gradient, against fp64, batch element 0
+    error       the worst of them
+    scratch_mb  memory at its peak during one call beyond inputs and results, in 10^6 bytes
+    saved_mb    what is held from the forward to the backward pass beyond inputs and output
 
 256 MB are written before each timed call, so inputs come from memory and not from the L2 cache;
 that write is not timed. Results are one JSON object per file, rewritten after each row: a run that
@@ -40,13 +45,21 @@ from torch import Tensor
 from glac import __version__
 from glac.errors import ConfigError, GlacError, MissingEnvironmentError
 from glac.gpus import match_gpu
-from glac.problem import DType, Gate, Problem, Specialisation
+from glac.problem import DType, Gate, Op, Problem, Specialisation
 from glac.validate import TORCH_DTYPES
 
 Shape = tuple[int, int, int, int, int]
 """B, T, H, K, V."""
+Step = Callable[[], Mapping[str, Tensor]]
+"""One call of an implementation, returning its results by name."""
 
-SCHEMA = 1
+SCHEMA = 2
+PASSES: dict[str, tuple[Op, ...]] = {
+    "forward": (Op.FORWARD,),
+    "training": (Op.FORWARD, Op.BACKWARD),
+}
+"""What can be timed, and the passes of each."""
+OPS = tuple(PASSES)
 IMPLS = ("glac", "fla", "fa2", "cudnn")
 DEFAULT_SHAPES: tuple[Shape, ...] = (
     (8, 2048, 16, 64, 64),
@@ -65,7 +78,10 @@ _NORMALIZER = 16.0
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. ``us`` is None where there is no time; ``note`` says why."""
+    """One measurement. ``us`` is None where there is no time; ``note`` says why.
+
+    ``config_id`` and ``cubin_sha`` are those of glac's forward kernel.
+    """
 
     op: str
     B: int
@@ -82,8 +98,13 @@ class Row:
     eager_us: float | None
     floor_us: float | None
     error: float | None
+    errors: dict[str, float | None]
+    scratch_mb: float | None
+    saved_mb: float | None
     config_id: str | None
     cubin_sha: str | None
+    backward_config_id: str | None
+    backward_cubin_sha: str | None
     date: str
     note: str = ""
 
@@ -286,11 +307,11 @@ def time_host(
     return statistics.median(times)
 
 
-def record_graph(fn: Callable[[], Tensor]) -> Callable[[], None]:
+def record_graph(fn: Step) -> Callable[[], None]:
     """Capture one call of ``fn`` as a CUDA graph and return its replay.
 
     Raises:
-        RuntimeError: the call cannot be captured, or a replay does not write its output, as when
+        RuntimeError: the call cannot be captured, or a replay does not write a result, as when
             work was launched outside the captured stream: its time would be too short.
     """
     cuda: Any = torch.cuda
@@ -303,14 +324,42 @@ def record_graph(fn: Callable[[], Tensor]) -> Callable[[], None]:
     cuda.synchronize()
     graph = cuda.CUDAGraph()
     with cuda.graph(graph, capture_error_mode="thread_local"):
-        out = fn()
-    out.fill_(math.nan)
+        results = fn()
+    for result in results.values():
+        result.fill_(math.nan)
     graph.replay()
     cuda.synchronize()
-    if not bool(torch.isfinite(out).all()):
-        raise RuntimeError("a replay leaves its output unwritten")
+    for name, result in results.items():
+        if not bool(torch.isfinite(result).all()):
+            raise RuntimeError(f"a replay leaves {name} unwritten")
     replay: Callable[[], None] = graph.replay
     return replay
+
+
+class Memory(Protocol):
+    """Where memory sizes come from: a GPU, or a fake in tests."""
+
+    def allocated(self) -> int:
+        """Bytes that tensors hold now."""
+
+    def reset_peak(self) -> None:
+        """Start watching for the highest value."""
+
+    def peak(self) -> int:
+        """The highest value since then."""
+
+
+class CudaMemory:
+    """PyTorch's caching allocator on the current device."""
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated()
 
 
 @dataclass
@@ -323,21 +372,24 @@ class Harness:
         flush: evicts the L2 cache.
         copy_bandwidth: bytes per second, read plus written.
         record: turns a call into the replay of its graph; None times eager calls.
+        memory: where memory sizes come from; None records none.
         budget_ms: measuring time per number.
+        dead: why nothing can be measured any more; empty while it can.
     """
 
     device: torch.device
     clock: Clock
     flush: Callable[[], object]
     copy_bandwidth: float
-    record: Callable[[Callable[[], Tensor]], Callable[[], None]] | None = None
+    record: Callable[[Step], Callable[[], None]] | None = None
+    memory: Memory | None = None
     budget_ms: float = 200.0
     dead: str = ""
 
-    def host_us(self, fn: Callable[[], Tensor]) -> float:
+    def host_us(self, fn: Step) -> float:
         return time_host(fn, self.flush, budget_ms=self.budget_ms, clock=self.clock)
 
-    def device_us(self, fn: Callable[[], Tensor]) -> tuple[float, str]:
+    def device_us(self, fn: Step) -> tuple[float, str]:
         """Device time, and a note if it is not that of a graph replay."""
         note = "eager calls, no CUDA graph"
         if self.record is not None:
@@ -378,7 +430,9 @@ def cuda_harness(budget_ms: float = 200.0) -> Harness:
     bandwidth = measure_copy_bandwidth(device)
     torch.cuda.empty_cache()
     scratch = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
-    return Harness(device, CudaClock(), scratch.zero_, bandwidth, record_graph, budget_ms)
+    return Harness(
+        device, CudaClock(), scratch.zero_, bandwidth, record_graph, CudaMemory(), budget_ms
+    )
 
 
 # ---- the rivals ----
@@ -391,147 +445,207 @@ class Work:
     problem: Problem
     device: torch.device
     seed: int = 0
+    _truths: dict[str, dict[str, Tensor]] = field(default_factory=dict, init=False)
 
     @functools.cached_property
-    def inputs(self) -> Any:
+    def tensors(self) -> dict[str, Tensor]:
+        """The inputs by name, in the order in which the operations take them."""
         from glac.testing import problem_inputs
 
-        return problem_inputs(self.problem, device=self.device, seed=self.seed)
-
-    def _first(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v, g of batch element 0 in ``dtype``, or as they are; a gate made exactly."""
-        from glac.reference import lowrank_gate
-
-        x = self.inputs
-        q, k, v = (t[:1] if dtype is None else t[:1].to(dtype) for t in (x.q, x.k, x.v))
-        if self.problem.spec.gate is Gate.VECTOR:
-            return q, k, v, x.g[:1] if dtype is None else x.g[:1].to(dtype)
-        wide = dtype or torch.float32
-        bias = None if x.bias is None else x.bias.to(wide)
-        g = lowrank_gate(
-            x.x[:1].to(wide),
-            x.weight.to(wide),
-            bias,
-            num_heads=self.problem.H,
-            normalizer=_NORMALIZER,
-        )
-        return q, k, v, g
+        inputs = problem_inputs(self.problem, device=self.device, seed=self.seed)
+        gate = ("g",) if self.problem.spec.gate is Gate.VECTOR else ("x", "weight", "bias")
+        return {name: getattr(inputs, name) for name in ("q", "k", "v", *gate)}
 
     @functools.cached_property
-    def truth(self) -> Tensor:
-        """The fp64 output of batch element 0."""
-        from glac.reference import chunk_gla
+    def do(self) -> Tensor:
+        """The gradient of the output, in training."""
+        return self._normal(self.tensors["v"].shape, self.seed + 1)
 
-        return chunk_gla(*self._first(torch.float64))[0]
+    @functools.cached_property
+    def do_first(self) -> Tensor:
+        """``do`` of batch element 0, zero elsewhere: nothing else reaches weight and bias."""
+        do = torch.zeros_like(self.do)
+        do[0] = self.do[0]
+        return do
 
-    def error(self, o: Tensor) -> float:
-        """Relative rms of an output's batch element 0 against fp64."""
+    def _normal(self, shape: Sequence[int], seed: int) -> Tensor:
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        values = torch.randn(tuple(shape), generator=generator, device=self.device)
+        return values.to(TORCH_DTYPES[self.problem.spec.dtype])
+
+    def reference(self, op: str, *, exact: bool) -> dict[str, Tensor]:
+        """Results for batch element 0: from fp64, or from PyTorch in kernel precision."""
+        from glac import reference
+
+        # q, k, v, g and x have a batch dimension.
+        first = {n: t[:1] if t.dim() > 2 else t for n, t in self.tensors.items()}
+        do = self.do[:1]
+        if exact:
+            first, do = {n: t.double() for n, t in first.items()}, do.double()
+        q, k, v, *gate = first.values()
+        gate = [t.detach().requires_grad_(op == "training") for t in gate]
+        g = gate[0]
+        if self.problem.spec.gate is Gate.LOWRANK:
+            with torch.enable_grad():
+                g = reference.lowrank_gate(*gate, num_heads=self.problem.H, normalizer=_NORMALIZER)
+        if op == "forward":
+            forward = reference.chunk_gla if exact else reference.yardstick_chunk_gla
+            return {"o": forward(q, k, v, g)[0]}
+        backward = (
+            reference.chunk_gla_backward if exact else reference.yardstick_chunk_gla_backward
+        )
+        dq, dk, dv, dg, _ = backward(q, k, v, g.detach(), do)
+        gradients = (dq, dk, dv, *torch.autograd.grad(g, gate, dg))
+        return {f"d{name}": gradient for name, gradient in zip(first, gradients, strict=True)}
+
+    def truth(self, op: str) -> dict[str, Tensor]:
+        """The fp64 results for batch element 0, computed once."""
+        if op not in self._truths:
+            self._truths[op] = self.reference(op, exact=True)
+        return self._truths[op]
+
+    def errors(self, op: str, results: Mapping[str, Tensor]) -> dict[str, float]:
+        """Relative rms of each result against fp64.
+
+        Gradients of weight and bias must come from ``do_first``: they sum over the batch.
+        """
         from glac.reference import relative_rms
 
-        return relative_rms(o[:1], self.truth)
+        return {
+            name: relative_rms(results[name][: expected.shape[0]], expected)
+            for name, expected in self.truth(op).items()
+        }
 
-    def yardstick_error(self) -> float:
-        """The error of PyTorch in kernel precision: a kernel may have twice this."""
-        from glac.reference import yardstick_chunk_gla
-
-        return self.error(yardstick_chunk_gla(*self._first(None))[0])
+    def yardstick_errors(self, op: str) -> dict[str, float]:
+        """The errors of PyTorch in kernel precision: a kernel may have twice these."""
+        return self.errors(op, self.reference(op, exact=False))
 
     @functools.cached_property
-    def attention(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v ``[B, Hs, T, D]`` of softmax attention at the model width H*V."""
+    def attention(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v, do ``[B, Hs, T, D]`` of softmax attention at the model width H*V."""
         p, spec = self.problem, self.problem.spec
         D = min(spec.V, 128)
         if p.H * spec.V % D:
             raise GlacError(f"a model width of {p.H * spec.V} is no multiple of {D}")
-        generator = torch.Generator(device=self.device).manual_seed(self.seed)
         shape = (p.B, p.H * spec.V // D, p.T, D)
-        q, k, v = (
-            torch.randn(shape, generator=generator, device=self.device).to(
-                TORCH_DTYPES[spec.dtype]
-            )
-            for _ in range(3)
-        )
-        return q, k, v
+        q, k, v, do = (self._normal(shape, self.seed + i) for i in range(4))
+        return q, k, v, do
 
 
 @dataclass
 class Call:
-    """A rival, ready to run.
+    """An implementation, ready to run.
 
     Attributes:
-        fn: one call on the problem's tensors, returning the output.
+        forward: from the tensors, in their order, to the output.
+        tensors: inputs by name. Training differentiates with respect to each of them.
+        do: gradient of the output, in training.
         around: entered around every call that is made.
         first: entered around the first call only.
-        exact: whether the output is to be compared with the truth.
-        identify: config id, cubin hash and note, asked after the first call.
+        exact: whether results are to be compared with the truth.
+        identify: what served a pass: config id, cubin hash and note, asked after the first call.
         notes: what a reader of the time must know.
     """
 
-    fn: Callable[[], Tensor]
+    forward: Callable[..., Tensor]
+    tensors: Mapping[str, Tensor]
+    do: Tensor
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     first: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     exact: bool = True
-    identify: Callable[[], tuple[str | None, str | None, str]] = lambda: (None, None, "")
+    identify: Callable[[Op], tuple[str | None, str | None, str]] = lambda op: (None, None, "")
     notes: list[str] = field(default_factory=list)
+
+    def step(
+        self, op: str, do: Tensor | None = None, between: Callable[[], object] = _nothing
+    ) -> Step:
+        """One call of ``op``, to be made with autograd on in training and off otherwise.
+
+        Args:
+            op: Of ``OPS``.
+            do: Gradient of the output, in training; the problem's if None.
+            between: Runs after the forward pass.
+        """
+        if op == "forward":
+            tensors = tuple(self.tensors.values())
+
+            def forward() -> dict[str, Tensor]:
+                o = self.forward(*tensors)
+                between()
+                return {"o": o}
+
+            return forward
+
+        leaves = [tensor.detach().requires_grad_() for tensor in self.tensors.values()]
+        names = [f"d{name}" for name in self.tensors]
+        upstream = self.do if do is None else do
+
+        def training() -> dict[str, Tensor]:
+            o = self.forward(*leaves)
+            between()
+            gradients = torch.autograd.grad(o, leaves, upstream)
+            return {"o": o.detach(), **dict(zip(names, gradients, strict=True))}
+
+        return training
 
 
 def _glac(work: Work) -> Call:
     ops: Any = importlib.import_module("glac.attention")
-    x = work.inputs
 
-    def vector() -> Tensor:
-        o: Tensor = ops.chunk_gla(x.q, x.k, x.v, x.g)[0]
+    def vector(*tensors: Tensor) -> Tensor:
+        o: Tensor = ops.chunk_gla(*tensors)[0]
         return o
 
-    def lowrank() -> Tensor:
-        o: Tensor = ops.chunk_gla_lowrank(
-            x.q, x.k, x.v, x.x, x.weight, x.bias, normalizer=_NORMALIZER
-        )[0]
+    def lowrank(*tensors: Tensor) -> Tensor:
+        o: Tensor = ops.chunk_gla_lowrank(*tensors, normalizer=_NORMALIZER)[0]
         return o
 
-    def identify() -> tuple[str | None, str | None, str]:
+    def identify(op: Op) -> tuple[str | None, str | None, str]:
         try:
             dispatch: Any = importlib.import_module("glac.dispatch")
-            served = dispatch.explain(work.problem, work.device)
+            served = dispatch.explain(work.problem, work.device, op=op)
         except Exception as error:
-            return None, None, f"dispatch unknown: {_first_line(error)}"
+            return None, None, f"{op.value} dispatch unknown: {_first_line(error)}"
         provider = _text(getattr(served, "provider", None))
         reason = _text(getattr(served, "reason", None))
-        note = "" if provider in (None, "pack") else f"served by {provider}"
+        note = "" if provider in (None, "pack") else f"{op.value} served by {provider}"
         if note and reason:
             note += f" ({reason})"
         sha = _text(getattr(served, "cubin_sha", None)) or None
         return _text(getattr(served, "config_id", None)), sha, note
 
     fn = vector if work.problem.spec.gate is Gate.VECTOR else lowrank
-    return Call(fn, identify=identify)
+    return Call(fn, work.tensors, work.do, identify=identify)
 
 
 def _fla(work: Work) -> Call:
     chunk_gla = _import_fla()
-    x, spec = work.inputs, work.problem.spec
 
-    def vector() -> Tensor:
-        o: Tensor = chunk_gla(x.q, x.k, x.v, x.g)[0]
+    def vector(*tensors: Tensor) -> Tensor:
+        o: Tensor = chunk_gla(*tensors)[0]
         return o
 
-    def lowrank() -> Tensor:
-        g = F.logsigmoid(F.linear(x.x, x.weight, x.bias)) / _NORMALIZER
-        o: Tensor = chunk_gla(x.q, x.k, x.v, g.view_as(x.k))[0]
-        return o
+    def lowrank(
+        q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        g = F.logsigmoid(F.linear(x, weight, bias)) / _NORMALIZER
+        return vector(q, k, v, g.view_as(k))
 
-    if spec.gate is Gate.VECTOR:
-        return Call(vector, first=quick_autotune)
-    return Call(lowrank, first=quick_autotune, notes=["separate gate"])
+    if work.problem.spec.gate is Gate.VECTOR:
+        return Call(vector, work.tensors, work.do, first=quick_autotune)
+    notes = ["separate gate"]
+    return Call(lowrank, work.tensors, work.do, first=quick_autotune, notes=notes)
 
 
 def _sdpa(backend: str) -> Callable[[Work], Call]:
     def build(work: Work) -> Call:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        q, k, v = work.attention
+        q, k, v, do = work.attention
         return Call(
-            lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            {"q": q, "k": k, "v": v},
+            do,
             around=lambda: sdpa_kernel(getattr(SDPBackend, backend)),
             exact=False,
             notes=[f"causal softmax attention, {q.shape[1]} heads of {q.shape[3]}, no gate"],
@@ -649,18 +763,12 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _row(problem: Problem, impl: str, floor_us: float, **values: Any) -> Row:
+def _row(problem: Problem, op: str, impl: str, harness: Harness, **values: Any) -> Row:
     spec = problem.spec
-    known: dict[str, Any] = {
-        "us": None,
-        "eager_us": None,
-        "error": None,
-        "config_id": None,
-        "cubin_sha": None,
-    }
-    known.update(values)
-    return Row(
-        op="fwd",
+    moved = sum(problem.bytes(part) for part in PASSES[op])
+    known: dict[str, Any] = dict.fromkeys(COLUMNS)
+    known.update(
+        op=op,
         B=problem.B,
         T=problem.T,
         H=problem.H,
@@ -671,44 +779,84 @@ def _row(problem: Problem, impl: str, floor_us: float, **values: Any) -> Row:
         gate_rank=spec.rank,
         gate_dtype=spec.gate_dtype.value,
         impl=impl,
-        floor_us=floor_us,
+        floor_us=moved / harness.copy_bandwidth * 1e6,
+        errors={},
         date=_now(),
-        **known,
     )
+    return Row(**{**known, **values})
 
 
-def _floor_us(problem: Problem, harness: Harness) -> float:
-    return problem.forward_bytes / harness.copy_bandwidth * 1e6
+def _error_values(errors: Mapping[str, float], notes: list[str]) -> dict[str, Any]:
+    """A row's ``errors`` and ``error``."""
+    finite = {name: _finite(value, f"error of {name}", notes) for name, value in errors.items()}
+    known = [value for value in finite.values() if value is not None]
+    return {"errors": finite, "error": max(known) if len(known) == len(errors) else None}
 
 
-def measure(impl: str, work: Work, harness: Harness) -> Row:
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def measure_memory(call: Call, op: str, memory: Memory) -> dict[str, float]:
+    """``scratch_mb`` of one call, and in training ``saved_mb``.
+
+    What was allocated once and for all, such as a library's workspace, has to be there already.
+    """
+    held = 0
+
+    def between() -> None:
+        nonlocal held
+        held = memory.allocated()
+
+    step = call.step(op, between=between)
+    before = memory.allocated()
+    memory.reset_peak()
+    results = step()
+    scratch = memory.peak() - before - sum(map(_bytes, results.values()))
+    values = {"scratch_mb": scratch / 1e6}
+    if op == "training":
+        values["saved_mb"] = (held - before - _bytes(results["o"])) / 1e6
+    return values
+
+
+_IDENTITY = {
+    Op.FORWARD: ("config_id", "cubin_sha"),
+    Op.BACKWARD: ("backward_config_id", "backward_cubin_sha"),
+}
+
+
+def measure(impl: str, work: Work, harness: Harness, op: str = "forward") -> Row:
     """Time and check one implementation. Never raises for what the implementation does."""
-    floor = _floor_us(work.problem, harness)
     values: dict[str, Any] = {}
     notes: list[str] = []
     if harness.dead:
-        return _row(work.problem, impl, floor, note=harness.dead)
+        return _row(work.problem, op, impl, harness, note=harness.dead)
     try:
         call = _BUILDERS[impl](work)
         notes += call.notes
-        with torch.no_grad(), call.around():
+        step = call.step(op)
+        with call.around(), torch.set_grad_enabled(op == "training"):
             start = harness.clock.seconds()
             with call.first():
-                o = call.fn()
+                step()
                 harness.clock.synchronize()
             if impl == "fla":
                 notes.append(f"first call {harness.clock.seconds() - start:.1f} s")
-            values["config_id"], values["cubin_sha"], note = call.identify()
-            notes.append(note)
+            for part in PASSES[op]:
+                *identity, note = call.identify(part)
+                values.update(zip(_IDENTITY[part], identity, strict=True))
+                notes.append(note)
             if call.exact:
                 try:
-                    values["error"] = _finite(work.error(o), "error", notes)
+                    errors = work.errors(op, call.step(op, work.do_first)())
+                    values.update(_error_values(errors, notes))
                 except Exception as error:
                     notes.append(f"error unknown: {_first_line(error)}")
-            del o
-            values["us"], note = harness.device_us(call.fn)
+            if harness.memory is not None:
+                values.update(measure_memory(call, op, harness.memory))
+            values["us"], note = harness.device_us(step)
             notes.append(note)
-            values["eager_us"] = harness.host_us(call.fn)
+            values["eager_us"] = harness.host_us(step)
     except Exception as error:
         notes.append(_first_line(error))
         try:
@@ -716,22 +864,21 @@ def measure(impl: str, work: Work, harness: Harness) -> Row:
         except Exception:
             # A CUDA context that has seen an illegal access never works again.
             harness.dead = f"not run: the GPU stopped working in the call of {impl}"
-    return _row(work.problem, impl, floor, note="; ".join(n for n in notes if n), **values)
+    return _row(work.problem, op, impl, harness, note="; ".join(n for n in notes if n), **values)
 
 
-def measure_yardstick(work: Work, harness: Harness) -> Row:
+def measure_yardstick(work: Work, harness: Harness, op: str = "forward") -> Row:
     """A row without a time: the error of PyTorch in kernel precision."""
     notes = ["PyTorch in kernel precision: a kernel may have twice its error"]
-    value = None
+    values: dict[str, Any] = {}
     if harness.dead:
         notes = [harness.dead]
     else:
         try:
-            value = _finite(work.yardstick_error(), "error", notes)
+            values = _error_values(work.yardstick_errors(op), notes)
         except Exception as error:
             notes.append(_first_line(error))
-    floor = _floor_us(work.problem, harness)
-    return _row(work.problem, "yardstick", floor, error=value, note="; ".join(notes))
+    return _row(work.problem, op, "yardstick", harness, note="; ".join(notes), **values)
 
 
 # ---- the run ----
@@ -818,6 +965,7 @@ def write_results(path: Path, document: Mapping[str, Any]) -> None:
 
 def run_problems(
     problems: Sequence[Problem],
+    ops: Sequence[str],
     impls: Sequence[str],
     harness: Harness,
     document: dict[str, Any],
@@ -826,23 +974,25 @@ def run_problems(
     seed: int = 0,
 ) -> None:
     """Measure and save row by row; ``document["rows"]`` grows. Progress goes to stderr."""
-    total = len(problems) * len(impls)
+    total = len(problems) * len(ops) * len(impls)
     number = 0
     for problem in problems:
         work = Work(problem, harness.device, seed)
-        if "glac" in impls:
-            document["rows"].append(asdict(measure_yardstick(work, harness)))
-        for impl in impls:
-            number += 1
-            print(f"[{number}/{total}] {problem} {impl} ...", file=sys.stderr, flush=True)
-            row = measure(impl, work, harness)
-            document["rows"].append(asdict(row))
-            write_results(out, document)
-            took = "no time" if row.us is None else f"{row.us:.1f} us"
-            note = f" ({row.note})" if row.note else ""
-            print(f"[{number}/{total}] {problem} {impl}: {took}{note}", file=sys.stderr)
-            if harness.device.type == "cuda" and not harness.dead:
-                torch.cuda.empty_cache()
+        for op in ops:
+            if "glac" in impls:
+                document["rows"].append(asdict(measure_yardstick(work, harness, op)))
+            for impl in impls:
+                number += 1
+                what = f"[{number}/{total}] {problem} {op} {impl}"
+                print(f"{what} ...", file=sys.stderr, flush=True)
+                row = measure(impl, work, harness, op)
+                document["rows"].append(asdict(row))
+                write_results(out, document)
+                took = "no time" if row.us is None else f"{row.us:.1f} us"
+                note = f" ({row.note})" if row.note else ""
+                print(f"{what}: {took}{note}", file=sys.stderr)
+                if harness.device.type == "cuda" and not harness.dead:
+                    torch.cuda.empty_cache()
         del work
 
 
@@ -851,8 +1001,8 @@ def run_bench(
     gates: Sequence[str] | None = None,
     impls: Sequence[str] = IMPLS,
     *,
+    ops: Sequence[str] = OPS,
     out: Path | None = None,
-    op: str = "fwd",
     dtype: str = "bf16",
     gate_dtype: str | None = None,
     rank: int = 16,
@@ -867,8 +1017,8 @@ def run_bench(
         shapes: (B, T, H, K, V) each; the default list if None.
         gates: ``"vector"``, ``"lowrank"``; see :func:`bench_problems`.
         impls: Of ``IMPLS``, measured in this order.
+        ops: Of ``OPS``, each timed on every problem.
         out: Results file; ``benchmarks/results/<gpu>.json`` if None.
-        op: ``"fwd"``.
         dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         gate_dtype: Of a vector gate: ``dtype`` (None) or ``"fp32"``.
         rank: Of a low-rank gate.
@@ -884,14 +1034,13 @@ def run_bench(
         ConfigError: an unknown op, implementation, gate, dtype or shape.
         MissingEnvironmentError: there is no GPU, or the results cannot be written.
     """
-    if op != "fwd":
-        raise ConfigError(f"op must be 'fwd', got {op!r}")
-    unknown = [impl for impl in impls if impl not in _BUILDERS]
-    if unknown or not impls:
-        raise ConfigError(
-            f"unknown implementations {unknown}" if unknown else "no implementation to time",
-            hint=f"implementations are {', '.join(_BUILDERS)}",
-        )
+    for what, given, known in (("op", ops, OPS), ("implementation", impls, tuple(_BUILDERS))):
+        unknown = [name for name in given if name not in known]
+        if unknown or not given:
+            raise ConfigError(
+                f"unknown {what}s {unknown}" if unknown else f"no {what} to time",
+                hint=f"{what}s are {', '.join(known)}",
+            )
     problems = bench_problems(shapes, gates, dtype=dtype, gate_dtype=gate_dtype, rank=rank)
     harness = cuda_harness(budget_ms)
     env = environment(harness)
@@ -907,7 +1056,7 @@ def run_bench(
         "command": command or _command(sys.argv),
         "rows": [],
     }
-    run_problems(problems, impls, harness, document, out, seed=seed)
+    run_problems(problems, ops, impls, harness, document, out, seed=seed)
     if table:
         copy = f"copy {harness.copy_bandwidth / 1e12:.2f} TB/s"
         print(f"{env['gpu']}, {dtype}, {copy}, saved: {out}")
@@ -924,19 +1073,21 @@ def _problem_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of a results file as text.
+    """Rows of a results file as text, one line each.
 
-    ``x floor`` is time over the memory floor, ``vs glac`` time over glac's on the same problem.
+    ``x floor`` is time over the memory floor, ``speed-up`` how many times faster glac is on the
+    same problem, and ``note`` says why there is no time.
     """
     ours = {_problem_key(r): r["us"] for r in rows if r["impl"] == "glac" and r["us"]}
-    header = ["shape", "gate", "impl", "us", "x floor", "vs glac", "error", "note"]
+    header = ["op", "shape", "gate", "impl", "us", "x floor", "speed-up", "error", "note"]
     lines = [header]
     for row in rows:
         us, floor, error = row["us"], row["floor_us"], row["error"]
         glac_us = ours.get(_problem_key(row))
-        note = str(row.get("note") or "")
+        note = str(row.get("note") or "") if us is None and row["impl"] != "yardstick" else ""
         lines.append(
             [
+                row["op"],
                 ",".join(str(row[name]) for name in ("B", "T", "H", "K", "V")),
                 row["gate"] + (str(row["gate_rank"]) if row["gate_rank"] else ""),
                 row["impl"],
@@ -951,7 +1102,7 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     texts = []
     for line in lines:
         cells = [
-            cell.rjust(width) if 3 <= i <= 6 else cell.ljust(width)
+            cell.rjust(width) if 4 <= i <= 7 else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         texts.append("  ".join(cells).rstrip())

@@ -1,7 +1,8 @@
 """From tuned files to kernel packs: one pack for each arch, on any machine, without a GPU.
 
-A GPU with a tuned file gets its rows. One without gets heuristic rows, labelled as such: those of
-its nearest relative where that has a file, else ``default_forward`` for the standard problems.
+For each op, a GPU whose tuned file has rows gets these. Another gets heuristic rows, labelled as
+such: those of its nearest relatives where these have any, else the default configs for the
+standard problems.
 """
 
 from __future__ import annotations
@@ -11,23 +12,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from glac import __version__
 from glac.compile import CompiledKernel, Toolchain, compile_many, toolchain
 from glac.configs import (
-    BLOCKS_V,
-    CHUNKS,
-    STAGES,
-    ChunkKernelConfig,
-    ForwardConfig,
-    default_forward,
+    Config,
+    KernelConfig,
+    default_config,
+    lesser_choices,
     why_illegal,
 )
 from glac.errors import CompileError, ConfigError, GlacError, PackError
 from glac.gpus import GPUS, RELATIVES, GpuSpec, gpu_by_name
-from glac.kernelspec import KernelSpec, forward_kernels
+from glac.kernelspec import KernelSpec, config_kernels
 from glac.pack import Pack, PackRow, read_pack, write_pack
-from glac.problem import DType, Gate, Problem, Specialisation
+from glac.problem import DType, Gate, Op, Problem, Specialisation
 from glac.templates import templates_sha256
 from glac.tuned import TunedFile, load_tuned, shipped
 
@@ -55,7 +55,7 @@ def _standard_problems() -> tuple[Problem, ...]:
 
 
 STANDARD_PROBLEMS = _standard_problems()
-"""What a GPU without any tuned file is built for (B, T, H with K, V as benchmarked)."""
+"""What is built where nothing was tuned (B, T, H with K, V as benchmarked)."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ class _Wanted:
     source: str
     measured_on: str
     problem: Problem
-    config: ForwardConfig
+    config: Config
 
     def kernels(self) -> list[KernelSpec]:
-        return forward_kernels(self.problem.spec, self.config, self.gpu.arch)
+        return config_kernels(self.problem.spec, self.config, self.gpu.arch)
 
     def row(self) -> PackRow:
         return PackRow.make(
@@ -119,7 +119,7 @@ class _Wanted:
         )
 
     def __str__(self) -> str:
-        return f"{self.gpu.name} {self.problem}"
+        return f"{self.gpu.name} {self.problem} {self.config.op.value}"
 
 
 def _tuned_file(name: str, configs_dir: Path | None) -> TunedFile | None:
@@ -134,36 +134,57 @@ def _tuned_file(name: str, configs_dir: Path | None) -> TunedFile | None:
     return file
 
 
-def _tuned_rows(gpu: GpuSpec, file: TunedFile) -> Iterator[_Wanted]:
+_Source = tuple[TunedFile, Op]
+"""A file, and the op whose rows were taken from it."""
+
+
+def _tuned_rows(gpu: GpuSpec, op: Op, file: TunedFile) -> Iterator[_Wanted]:
     for row in file.rows:
-        measured_on = row.stats.measured_on or file.measured_on
-        yield _Wanted(gpu, "tuned", measured_on, row.problem, row.config)
+        if row.op is op:
+            measured_on = row.stats.measured_on or file.measured_on
+            yield _Wanted(gpu, "tuned", measured_on, row.problem, row.config)
 
 
-def _heuristic_rows(gpu: GpuSpec, relatives: Sequence[TunedFile]) -> Iterator[_Wanted]:
+def _borrowed_rows(gpu: GpuSpec, op: Op, relatives: Sequence[TunedFile]) -> Iterator[_Wanted]:
+    """Rows of relatives, as guesses; of several for one bucket, the nearest relative's."""
     seen = set()
     for file in relatives:
-        for row in file.rows:
-            key = (row.spec, row.bucket)
-            if key not in seen and why_illegal(row.spec, row.config, gpu) is None:
+        for row in _tuned_rows(gpu, op, file):
+            key = (row.problem.spec, row.problem.bucket)
+            if key not in seen and why_illegal(row.problem.spec, row.config, gpu) is None:
                 seen.add(key)
-                measured_on = row.stats.measured_on or file.measured_on
-                yield _Wanted(gpu, "heuristic", measured_on, row.problem, row.config)
-    if seen:
-        return
+                yield replace(row, source="heuristic")
+
+
+def _default_rows(gpu: GpuSpec, op: Op) -> Iterator[_Wanted]:
     for problem in STANDARD_PROBLEMS:
-        config = default_forward(problem.spec, gpu, problem.bucket)
+        config = default_config(op, problem.spec, gpu, problem.bucket)
         yield _Wanted(gpu, "heuristic", "", problem, config)
 
 
-def _planned(gpu: GpuSpec, folder: Path | None) -> tuple[list[_Wanted], list[TunedFile]]:
-    """The rows of a GPU before anything is compiled, and the files they come from."""
+def _planned_of(
+    gpu: GpuSpec, op: Op, folder: Path | None
+) -> tuple[list[_Wanted], list[TunedFile]]:
     own = _tuned_file(gpu.name, folder)
     if own is not None:
-        return list(_tuned_rows(gpu, own)), [own]
+        tuned = list(_tuned_rows(gpu, op, own))
+        if tuned:
+            return tuned, [own]
     found = (_tuned_file(name, folder) for name in RELATIVES.get(gpu.name, ()))
     relatives = [file for file in found if file is not None]
-    return list(_heuristic_rows(gpu, relatives)), relatives
+    borrowed = list(_borrowed_rows(gpu, op, relatives))
+    return borrowed or list(_default_rows(gpu, op)), relatives
+
+
+def _planned(gpu: GpuSpec, folder: Path | None) -> tuple[list[_Wanted], list[_Source]]:
+    """The rows of a GPU before anything is compiled, and the files they come from."""
+    rows: list[_Wanted] = []
+    sources: list[_Source] = []
+    for op in Op:
+        of_op, files = _planned_of(gpu, op, folder)
+        rows += of_op
+        sources += [(file, op) for file in files]
+    return rows, sources
 
 
 def planned_kernels(gpus: Sequence[str]) -> set[KernelSpec]:
@@ -172,37 +193,29 @@ def planned_kernels(gpus: Sequence[str]) -> set[KernelSpec]:
     return {kernel for row in rows for kernel in row.kernels()}
 
 
-def _smaller(config: ChunkKernelConfig) -> Iterator[ChunkKernelConfig]:
-    """What to try next: fewer stages, then shorter chunks, then fewer columns.
+def _smaller(config: KernelConfig) -> Iterator[KernelConfig]:
+    """What to try next: fewer stages, then shorter chunks, then smaller tiles.
 
-    In that order, because of the three a stage costs the least speed.
+    In that order, because of these a stage costs the least speed.
     """
-    while config.num_stages > min(STAGES):
-        config = replace(config, num_stages=config.num_stages - 1)
-        yield config
-    while config.chunk > min(CHUNKS):
-        config = replace(config, chunk=config.chunk // 2)
-        yield config
-    while config.block_v > min(BLOCKS_V):
-        config = replace(config, block_v=config.block_v // 2)
-        yield config
+    for name in ("num_stages", "chunk", "block_v", "block_k"):
+        for value in lesser_choices(config, name):
+            change: dict[str, Any] = {name: value}
+            config = replace(config, **change)
+            yield config
 
 
 def _step_down(wanted: _Wanted, failed: Iterable[str]) -> _Wanted | None:
     """``wanted`` with less demanding kernels in place of the ``failed`` templates."""
-    config = wanted.config
-    for template in failed:
-        if template == "gla_fwd":
-            steps = [replace(config, fwd=step) for step in _smaller(config.fwd)]
-        elif template == "gla_fwd_summary" and config.summary is not None:
-            steps = [replace(config, summary=step) for step in _smaller(config.summary)]
-        else:
+    config, spec = wanted.config, wanted.problem.spec
+    for part in dict.fromkeys(config.PARTS.get(template) for template in failed):
+        if part is None:
             return None
-        spec = wanted.problem.spec
-        legal = [step for step in steps if why_illegal(spec, step, wanted.gpu) is None]
-        if not legal:
+        steps = (config.with_part(part, step) for step in _smaller(getattr(config, part)))
+        lesser = next((s for s in steps if why_illegal(spec, s, wanted.gpu) is None), None)
+        if lesser is None:
             return None
-        config = legal[0]
+        config = lesser
     return replace(wanted, config=config)
 
 
@@ -275,7 +288,7 @@ def _compile_rows(
     return settled, results, sorted(warnings)
 
 
-def _check_certified(file: TunedFile, results: Results, tools: Toolchain) -> str | None:
+def _check_certified(file: TunedFile, op: Op, results: Results, tools: Toolchain) -> str | None:
     """Compare with the binaries that were checked and timed; a warning if they differ.
 
     Raises:
@@ -283,21 +296,21 @@ def _check_certified(file: TunedFile, results: Results, tools: Toolchain) -> str
     """
     different: dict[str, str] = {}
     built = {kernel.name: result for kernel, result in results.items()}
-    for row in file.rows:
-        for certified in row.kernels:
-            result = built.get(certified.name)
-            if isinstance(result, CompiledKernel) and result.sha256 != certified.cubin_sha256:
-                different[certified.name] = (
-                    f"{certified.name} has SHA-256 {result.sha256}, "
-                    f"certified was {certified.cubin_sha256}"
-                )
+    for certified in (kernel for row in file.rows if row.op is op for kernel in row.kernels):
+        result = built.get(certified.name)
+        if isinstance(result, CompiledKernel) and result.sha256 != certified.cubin_sha256:
+            different[certified.name] = (
+                f"{certified.name} has SHA-256 {result.sha256}, "
+                f"certified was {certified.cubin_sha256}"
+            )
     if not different:
         return None
+    then_templates, templates = file.environment.templates_sha256[op], templates_sha256([op])[op]
     changes = []
     for what, then, now in (
         ("triton", file.environment.triton, tools.triton),
         ("ptxas", file.environment.ptxas, tools.ptxas),
-        ("templates", file.environment.templates_sha256[:12], templates_sha256()[:12]),
+        ("templates", then_templates[:12], templates[:12]),
     ):
         if then != now:
             changes.append(f"{what} {then or 'unknown'} then, {now} now")
@@ -310,7 +323,7 @@ def _check_certified(file: TunedFile, results: Results, tools: Toolchain) -> str
             f"run `glac tune --gpu {file.gpu}`",
         )
     return (
-        f"not the certified binary: {len(different)} kernels of {file.gpu}.yaml differ "
+        f"not the certified binary: {len(different)} {op.value} kernels of {file.gpu}.yaml differ "
         f"({'; '.join(changes)}): {', '.join(sorted(different))}"
     )
 
@@ -355,14 +368,14 @@ def build_packs(
     for arch in sorted(archs):
         started = time.perf_counter()
         wanted: list[_Wanted] = []
-        files: dict[str, TunedFile] = {}
+        sources: dict[tuple[str, Op], TunedFile] = {}
         for gpu in archs[arch]:
-            rows_of_gpu, sources = _planned(gpu, folder)
+            rows_of_gpu, files = _planned(gpu, folder)
             wanted += rows_of_gpu
-            files.update((file.gpu, file) for file in sources)
+            sources.update(((file.gpu, op), file) for file, op in files)
         rows, compiled, warnings = _compile_rows(wanted, jobs, progress)
-        for name in sorted(files):
-            warning = _check_certified(files[name], compiled, tools)
+        for (_, op), file in sorted(sources.items(), key=lambda item: item[0]):
+            warning = _check_certified(file, op, compiled, tools)
             if warning:
                 warnings.append(warning)
         needed = {kernel for row in rows for kernel in row.kernels()}
@@ -379,9 +392,9 @@ def build_packs(
 
 
 def build_single(
-    problem: Problem, gpu: GpuSpec, config: ForwardConfig, path: Path | str
+    problem: Problem, gpu: GpuSpec, config: Config, path: Path | str
 ) -> tuple[Pack, int]:
-    """A pack at ``path`` for one problem with one config: the build on a miss.
+    """A pack at ``path`` for one op of one problem with one config: the build on a miss.
 
     A pack that is there already is used if the same sources and tools made it from the same
     config; a broken or outdated one is replaced. The row is heuristic, whatever the config's
@@ -411,7 +424,7 @@ def build_single(
             pack.arch == gpu.arch
             and pack.glac == __version__
             and pack.toolchain == tools.to_dict()
-            and pack.templates_sha256 == templates_sha256()
+            and pack.templates_sha256 == templates_sha256([config.op])
         )
         if current and any(
             (row.gpu, row.spec, row.bucket, row.config)

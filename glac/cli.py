@@ -343,6 +343,7 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # not generic in cl
 GPU_CHOICE = click.Choice(sorted(GPUS), case_sensitive=False)
 DTYPE_CHOICE = click.Choice(["bf16", "fp16", "fp32"])
 GATE_CHOICE = click.Choice(["vector", "lowrank"])
+OP_CHOICE = click.Choice(["forward", "backward"])
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -470,7 +471,7 @@ def _pack_data(pack: Pack) -> dict[str, Any]:
         "glac": pack.glac,
         "driver_floor": pack.driver_floor,
         "toolchain": dict(pack.toolchain),
-        "templates_sha256": pack.templates_sha256,
+        "templates_sha256": {op.value: sha for op, sha in pack.templates_sha256.items()},
         "kernels": _kernel_rows(pack),
         "rows": [row.to_dict() for row in pack.rows],
     }
@@ -482,6 +483,13 @@ def _pack_data(pack: Pack) -> dict[str, Any]:
 @cli.command()
 @click.option("--shape", "shapes", type=ShapeType(), multiple=True, help="Repeatable.")
 @click.option("--gate", "gates", type=GATE_CHOICE, multiple=True, help="Repeatable.")
+@click.option(
+    "--op",
+    type=click.Choice(["forward", "training", "both"]),
+    default="both",
+    show_default=True,
+    help="What to time; training is forward and backward.",
+)
 @click.option(
     "--impl",
     "impls",
@@ -501,6 +509,7 @@ def _pack_data(pack: Pack) -> dict[str, Any]:
 def bench(
     shapes: tuple[tuple[int, int, int, int, int], ...],
     gates: tuple[str, ...],
+    op: str,
     impls: tuple[str, ...],
     dtype: str,
     gate_dtype: str | None,
@@ -515,6 +524,7 @@ def bench(
         shapes or None,
         gates or None,
         impls or room.IMPLS,
+        ops=room.OPS if op == "both" else (op,),
         out=out,
         dtype=dtype,
         gate_dtype=gate_dtype,
@@ -526,7 +536,7 @@ def bench(
     failed = [row for row in ours if row["us"] is None]
     if failed:
         raise FailedError(
-            f"glac has no time for {len(failed)} of {len(ours)} problems: {failed[0]['note']}",
+            f"glac has no time in {len(failed)} of {len(ours)} rows: {failed[0]['note']}",
             document,
         )
     emit(document, "")
@@ -538,6 +548,7 @@ def bench(
 @cli.command()
 @click.argument("shape", type=ShapeType())
 @click.option("--dtype", type=DTYPE_CHOICE, default="bf16", show_default=True)
+@click.option("--op", type=OP_CHOICE, default="forward", show_default=True)
 @click.option("--gate", type=GATE_CHOICE, default="vector", show_default=True)
 @click.option("--rank", type=int, default=16, show_default=True, help="Of a low-rank gate.")
 @click.option("--gate-dtype", type=DTYPE_CHOICE, help="Of the gate or its bias [as --dtype].")
@@ -546,6 +557,7 @@ def bench(
 def explain(
     shape: tuple[int, int, int, int, int],
     dtype: str,
+    op: str,
     gate: str,
     rank: int,
     gate_dtype: str | None,
@@ -554,7 +566,7 @@ def explain(
     """Say which kernel serves a problem, and why."""
     _need("torch")
     from glac.dispatch import decide
-    from glac.problem import DType, Gate, Problem, Specialisation
+    from glac.problem import DType, Gate, Op, Problem, Specialisation
 
     B, T, H, K, V = shape
     kind, element = Gate(gate), DType(dtype)
@@ -563,7 +575,7 @@ def explain(
     )
     problem = Problem(spec, B, T, H)
     target = GPUS[gpu] if gpu else _device_spec()
-    decision = decide(problem, target)
+    decision = decide(problem, target, Op(op))
     emit(_decision_data(problem, target, decision), _decision_text(problem, target, decision))
 
 
@@ -585,9 +597,10 @@ def _device_spec() -> GpuSpec:
 def _decision_data(problem: Problem, gpu: GpuSpec, decision: Decision) -> dict[str, Any]:
     return {
         "problem": str(problem),
+        "op": decision.op.value,
         "gpu": gpu.name,
         "bucket": problem.bucket.to_dict(),
-        "floor_us": problem.forward_bytes / gpu.copy_bandwidth * 1e6,
+        "floor_us": problem.bytes(decision.op) / gpu.copy_bandwidth * 1e6,
         "provider": decision.provider,
         "config": decision.config.to_dict() if decision.config else None,
         "config_id": decision.config_id,
@@ -601,12 +614,14 @@ def _decision_data(problem: Problem, gpu: GpuSpec, decision: Decision) -> dict[s
 
 def _decision_text(problem: Problem, gpu: GpuSpec, decision: Decision) -> str:
     bucket = problem.bucket
-    floor = problem.forward_bytes / gpu.copy_bandwidth * 1e6
+    moved = problem.bytes(decision.op)
+    floor = moved / gpu.copy_bandwidth * 1e6
     lines = [
         f"problem    {problem}",
+        f"op         {decision.op.value}",
         f"bucket     about 2^{bucket.bh} heads in flight, about 2^{bucket.t} tokens",
         f"gpu        {gpu.name} ({gpu.title}, {gpu.arch})",
-        f"floor      {floor:.1f} us to move {problem.forward_bytes / 1e6:.1f} MB once",
+        f"floor      {floor:.1f} us to move {moved / 1e6:.1f} MB once",
         f"served by  {decision.provider}: {decision.reason}",
         f"config     {decision.config_id}",
     ]
@@ -645,10 +660,18 @@ def pack_show(path: Path) -> None:
     texts = []
     for item in packs:
         rows = [
-            (row.gpu, row.source, row.spec.slug, row.bucket.bh, row.bucket.t, row.config.slug)
+            (
+                row.gpu,
+                row.source,
+                row.op.value,
+                row.spec.slug,
+                row.bucket.bh,
+                row.bucket.t,
+                row.config.slug,
+            )
             for row in item.rows
         ]
-        headers = ("gpu", "source", "problem", "log2 BH", "log2 T", "config")
+        headers = ("gpu", "source", "op", "problem", "log2 BH", "log2 T", "config")
         texts += [_pack_title(item) + "\n", format_table(headers, rows) + "\n"]
         texts.append(_kernel_table(item) + "\n")
     emit({"packs": [_pack_data(item) for item in packs]}, "\n".join(texts).rstrip())
@@ -661,11 +684,10 @@ def pack_verify(path: Path) -> None:
     """Check every field and every byte of a pack."""
     from glac.templates import templates_sha256
 
-    current = templates_sha256()
     data, lines = [], []
     for item in _packs_at(path):
         size = sum(len(item.read_cubin(name)) for name in item.kernels)
-        fresh = item.templates_sha256 == current
+        fresh = item.templates_sha256 == templates_sha256(item.templates_sha256)
         data.append({"path": str(item.path), "arch": item.arch, "kernels": len(item.kernels)})
         data[-1].update(rows=len(item.rows), bytes=size, current_templates=fresh)
         note = "" if fresh else "; built from other templates than those installed"
@@ -700,6 +722,7 @@ def _tuned_data(file: TunedFile) -> dict[str, Any]:
     return {
         "gpu": file.gpu,
         "rows": len(file.rows),
+        "ops": [op.value for op in file.environment.templates_sha256],
         "measured_on": file.measured_on,
         "date": file.environment.date,
         "triton": file.environment.triton,
@@ -719,8 +742,11 @@ def configs_list() -> None:
     text = "no tuned files; `glac build` uses heuristic configs"
     if data:
         columns = ("gpu", "rows", "measured_on", "date", "triton", "ptxas")
-        headers = ("gpu", "rows", "measured on", "date", "triton", "ptxas")
-        text = format_table(headers, [[row[column] or "-" for column in columns] for row in data])
+        headers = ("gpu", "rows", "measured on", "date", "triton", "ptxas", "ops")
+        body = [
+            [*(row[column] or "-" for column in columns), ", ".join(row["ops"])] for row in data
+        ]
+        text = format_table(headers, body)
     emit({"files": data}, text)
 
 
@@ -734,6 +760,7 @@ def configs_show(name: str) -> None:
         (
             f"{row.problem.B},{row.problem.T},{row.problem.H},{row.spec.K},{row.spec.V}",
             row.spec.slug,
+            row.op.value,
             row.config.slug,
             f"{row.stats.us:.1f}",
             f"{row.stats.default_us:.1f}",
@@ -742,7 +769,7 @@ def configs_show(name: str) -> None:
         )
         for row in file.rows
     ]
-    headers = ("B,T,H,K,V", "problem", "config", "us", "default us", "error", "candidates")
+    headers = ("B,T,H,K,V", "problem", "op", "config", "us", "default us", "error", "candidates")
     env = file.environment
     title = (
         f"{file.gpu}: measured on {file.measured_on or 'nothing'}, {env.date}, "
@@ -895,7 +922,7 @@ def _probe_packs() -> list[Probe]:
     from glac.settings import load_settings
     from glac.templates import templates_sha256
 
-    settings, current, probes = load_settings(), templates_sha256(), []
+    settings, probes = load_settings(), []
     for path in dict.fromkeys(p for arch in ARCHS for p in pack_folders(settings, arch)):
         try:
             found = read_pack(path)
@@ -903,7 +930,7 @@ def _probe_packs() -> list[Probe]:
             probes.append(Probe("pack", "fail", error.message, error.hint))
             continue
         text = f"{path}: {found.arch}, {len(found.rows)} rows, {len(found.kernels)} kernels"
-        if found.templates_sha256 == current:
+        if found.templates_sha256 == templates_sha256(found.templates_sha256):
             probes.append(Probe("pack", "ok", text))
         else:
             probes.append(Probe("pack", "warn", f"{text}, of other templates", "glac build"))

@@ -1,31 +1,55 @@
-"""What a tuner may change about a kernel, and which choices are legal.
+"""What a tuner may change about kernels, and which choices are legal.
 
-One frozen dataclass per template. ``is_legal`` is the one statement of legality; the tuner, the
-YAML loader, the build and the tests all ask it.
+One frozen dataclass per kind of kernel, and one per op that puts kernels together. ``why_illegal``
+is the one statement of legality; the tuner, the YAML loader, the build and the tests all ask it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 from glac.errors import ConfigError
 from glac.gpus import GpuSpec
-from glac.problem import Bucket, DType, Gate, Specialisation, strict_fields, strict_int
+from glac.problem import Bucket, DType, Gate, Op, Specialisation, strict_fields, strict_int
 
 CHUNKS = (16, 32, 64, 128)
+BLOCKS_K = (16, 32, 64, 128, 256)
 BLOCKS_V = (16, 32, 64, 128, 256)
 WARPS = (2, 4, 8)
 STAGES = (1, 2, 3, 4)
 EXACT_ROWS = 16
 MAX_SEGMENTS = 256
+MAX_STATE_REGISTERS = 256
+"""Of a state tile per thread: one that has 255 and spills a little can still be the fastest."""
+
+Flat = TypeVar("Flat", bound="_KernelConfig")
+
+
+@dataclass(frozen=True)
+class _KernelConfig:
+    """Base of configs of single kernels: flat dataclasses of integers and truth values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[Flat], data: Mapping[str, Any], where: str = "config") -> Flat:
+        values = strict_fields(cls, data, where)
+        for field in fields(cls):
+            value = values[field.name]
+            if field.type != "bool":  # annotations are text in this module
+                strict_int(values, field.name, where)
+            elif not isinstance(value, bool):
+                raise ConfigError(f"{where}: {field.name} must be true or false, got {value!r}")
+        return cls(**values)
 
 
 @dataclass(frozen=True, order=True)
-class ChunkKernelConfig:
-    """Tiles and schedule of a kernel that walks chunks (``gla_fwd``, ``gla_fwd_summary``).
+class ChunkKernelConfig(_KernelConfig):
+    """Tiles and schedule of a kernel that walks chunks with all of K in each program.
 
     Attributes:
         chunk: tokens per chunk (BT).
@@ -46,25 +70,65 @@ class ChunkKernelConfig:
         tma = "_tma" if self.tma else ""
         return f"c{self.chunk}_bv{self.block_v}_w{self.num_warps}_s{self.num_stages}{tma}"
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> ChunkKernelConfig:
-        d = strict_fields(cls, data, where)
-        if not isinstance(d["tma"], bool):
-            raise ConfigError(f"{where}: tma must be true or false, got {d['tma']!r}")
-        return cls(
-            chunk=strict_int(d, "chunk", where),
-            block_v=strict_int(d, "block_v", where),
-            num_warps=strict_int(d, "num_warps", where),
-            num_stages=strict_int(d, "num_stages", where),
-            tma=d["tma"],
+@dataclass(frozen=True, order=True)
+class TileKernelConfig(_KernelConfig):
+    """Tiles and schedule of a kernel that walks chunks with a tile of the state in each program.
+
+    Attributes:
+        chunk: tokens per chunk (BT).
+        block_k: key channels per program (BK).
+        block_v: value channels per program (BV).
+        num_warps: warps per program.
+        num_stages: chunks in flight in the load pipeline.
+        tma: load and store through tensor descriptors (Hopper only).
+        dv: also write the gradient of the values, which takes all of K in one tile.
+    """
+
+    chunk: int
+    block_k: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    dv: bool = False
+
+    @property
+    def slug(self) -> str:
+        tma = "_tma" if self.tma else ""
+        dv = "_dv" if self.dv else ""
+        return (
+            f"c{self.chunk}_bk{self.block_k}_bv{self.block_v}_w{self.num_warps}"
+            f"_s{self.num_stages}{tma}{dv}"
         )
 
 
 @dataclass(frozen=True, order=True)
-class CombineKernelConfig:
+class ExactKernelConfig(_KernelConfig):
+    """Tile of ``gla_bwd_exact``, which walks in blocks of ``EXACT_ROWS`` tokens.
+
+    Attributes:
+        chunk: tokens from kept state to kept state (BT).
+        block_k: key channels per program (BK).
+        block_v: value channels per program (BV).
+        num_warps: warps per program.
+        dv: also write the gradient of the values.
+    """
+
+    chunk: int
+    block_k: int
+    block_v: int
+    num_warps: int
+    dv: bool = False
+
+    @property
+    def slug(self) -> str:
+        dv = "_dv" if self.dv else ""
+        return f"c{self.chunk}_bk{self.block_k}_bv{self.block_v}_w{self.num_warps}{dv}"
+
+
+@dataclass(frozen=True, order=True)
+class CombineKernelConfig(_KernelConfig):
     """Schedule of ``gla_fwd_combine``: state elements per program, warps."""
 
     block: int = 1024
@@ -74,16 +138,19 @@ class CombineKernelConfig:
     def slug(self) -> str:
         return f"b{self.block}_w{self.num_warps}"
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> CombineKernelConfig:
-        d = strict_fields(cls, data, where)
-        return cls(strict_int(d, "block", where), strict_int(d, "num_warps", where))
+KernelConfig = ChunkKernelConfig | TileKernelConfig | ExactKernelConfig | CombineKernelConfig
 
-
-KernelConfig = ChunkKernelConfig | CombineKernelConfig
+KERNEL_CONFIGS: dict[str, type[KernelConfig]] = {
+    "gla_fwd": ChunkKernelConfig,
+    "gla_fwd_summary": ChunkKernelConfig,
+    "gla_fwd_combine": CombineKernelConfig,
+    "gla_bwd_states": ChunkKernelConfig,
+    "gla_bwd_dv": ChunkKernelConfig,
+    "gla_bwd": TileKernelConfig,
+    "gla_bwd_exact": ExactKernelConfig,
+}
+"""Which config each template takes."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +158,18 @@ class ForwardConfig:
     """How one forward problem runs.
 
     Attributes:
+        op: what it is a config of.
+        MAIN: the template that does most of the work.
+        PARTS: the field that each template's config is in, or follows from.
         fwd: the fused kernel.
         segment: tokens per segment, a multiple of both chunk sizes; 0 walks the whole sequence in
             one program and needs neither ``summary`` nor the combine kernel.
         summary: the kernel that prepares segment states, ``None`` exactly when ``segment`` is 0.
     """
+
+    op: ClassVar[Op] = Op.FORWARD
+    MAIN: ClassVar[str] = "gla_fwd"
+    PARTS: ClassVar[Mapping[str, str]] = {"gla_fwd_summary": "summary", "gla_fwd": "fwd"}
 
     fwd: ChunkKernelConfig
     segment: int = 0
@@ -110,6 +184,11 @@ class ForwardConfig:
             "gla_fwd_combine": CombineKernelConfig(),
             "gla_fwd": self.fwd,
         }
+
+    def with_part(self, part: str, kernel: Any) -> ForwardConfig:
+        """This config with another kernel config in field ``part``."""
+        change: dict[str, Any] = {part: kernel}
+        return replace(self, **change)
 
     def segmentation(self, T: int) -> tuple[int, int]:
         """How many segments ``T`` tokens fall into, and the tokens of each but the last.
@@ -149,8 +228,92 @@ class ForwardConfig:
         )
 
 
-def block_k(spec: Specialisation) -> int:
-    """K padded to the tile the kernels use: a power of two, at least 16."""
+@dataclass(frozen=True)
+class BackwardConfig:
+    """How one backward problem runs.
+
+    Attributes:
+        op, MAIN, PARTS: as in ``ForwardConfig``.
+        states: the kernel that walks forward again and keeps the state at the start of each chunk
+            of ``grads``, whose chunk size is a multiple of its own.
+        grads: the kernel that walks back and makes the gradients.
+        dv: the kernel that makes the gradient of the values, ``None`` exactly if ``grads`` does.
+    """
+
+    op: ClassVar[Op] = Op.BACKWARD
+    MAIN: ClassVar[str] = "gla_bwd"
+    PARTS: ClassVar[Mapping[str, str]] = {
+        "gla_bwd_states": "states",
+        "gla_bwd": "grads",
+        "gla_bwd_exact": "grads",
+        "gla_bwd_dv": "dv",
+    }
+
+    states: ChunkKernelConfig
+    grads: TileKernelConfig
+    dv: ChunkKernelConfig | None = None
+
+    @property
+    def exact(self) -> ExactKernelConfig:
+        """The kernel that does again what ``grads`` could not; its tile has to be the same."""
+        g = self.grads
+        warps = 8 if g.block_k * g.block_v > 64 * 64 else 4
+        return ExactKernelConfig(g.chunk, g.block_k, g.block_v, warps, g.dv)
+
+    def kernels(self) -> dict[str, KernelConfig]:
+        """Template name to kernel config, in launch order."""
+        kernels: dict[str, KernelConfig] = {"gla_bwd_states": self.states, "gla_bwd": self.grads}
+        kernels["gla_bwd_exact"] = self.exact
+        if self.dv is not None:
+            kernels["gla_bwd_dv"] = self.dv
+        return kernels
+
+    def with_part(self, part: str, kernel: Any) -> BackwardConfig:
+        """This config with another kernel config in field ``part``, and states that go with it."""
+        change: dict[str, Any] = {part: kernel}
+        if part == "grads" and kernel.chunk < self.states.chunk:
+            change["states"] = replace(self.states, chunk=kernel.chunk)
+        return replace(self, **change)
+
+    @property
+    def slug(self) -> str:
+        dv = "" if self.dv is None else f"-dv_{self.dv.slug}"
+        return f"{self.grads.slug}-st_{self.states.slug}{dv}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> BackwardConfig:
+        d = strict_fields(cls, data, where)
+        dv = d["dv"]
+        return cls(
+            ChunkKernelConfig.from_dict(d["states"], f"{where}.states"),
+            TileKernelConfig.from_dict(d["grads"], f"{where}.grads"),
+            None if dv is None else ChunkKernelConfig.from_dict(dv, f"{where}.dv"),
+        )
+
+
+Config = ForwardConfig | BackwardConfig
+
+CONFIGS: dict[Op, type[ForwardConfig] | type[BackwardConfig]] = {
+    Op.FORWARD: ForwardConfig,
+    Op.BACKWARD: BackwardConfig,
+}
+"""Which config each op takes."""
+
+
+def config_from_dict(op: Op, data: Mapping[str, Any], where: str = "config") -> Config:
+    """The config of an op that ``to_dict`` gave.
+
+    Raises:
+        ConfigError: keys or types are wrong.
+    """
+    return CONFIGS[op].from_dict(data, where)
+
+
+def padded_k(spec: Specialisation) -> int:
+    """K padded to what kernels that hold all of it use: a power of two, at least 16."""
     return max(16, 1 << (spec.K - 1).bit_length())
 
 
@@ -158,29 +321,46 @@ def padded_v(spec: Specialisation) -> int:
     return max(16, 1 << (spec.V - 1).bit_length())
 
 
-def _pow2(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0
+# Legality.
 
 
-def _why_illegal_chunk(
-    spec: Specialisation, config: ChunkKernelConfig, gpu: GpuSpec, what: str
+_CHOICES: dict[str, tuple[int, ...]] = {
+    "chunk": CHUNKS,
+    "block_k": BLOCKS_K,
+    "block_v": BLOCKS_V,
+    "num_warps": WARPS,
+    "num_stages": STAGES,
+}
+
+
+def lesser_choices(config: KernelConfig, name: str) -> list[int]:
+    """The choices below that of field ``name``, downwards; none if there is no such choice."""
+    current = getattr(config, name, 0)
+    return [value for value in reversed(_CHOICES[name]) if value < current]
+
+
+def _why_illegal_kernel(
+    spec: Specialisation,
+    config: ChunkKernelConfig | TileKernelConfig | ExactKernelConfig,
+    gpu: GpuSpec,
+    what: str,
 ) -> str | None:
-    choices: tuple[tuple[str, int, tuple[int, ...]], ...] = (
-        ("chunk", config.chunk, CHUNKS),
-        ("block_v", config.block_v, BLOCKS_V),
-        ("num_warps", config.num_warps, WARPS),
-        ("num_stages", config.num_stages, STAGES),
-    )
-    for name, value, allowed in choices:
-        if value not in allowed:
-            return f"{what}.{name} must be one of {allowed}, got {value}"
+    """What is wrong with choices, tiles and descriptors of one kernel."""
+    values = config.to_dict()
+    for name, allowed in _CHOICES.items():
+        if name in values and values[name] not in allowed:
+            return f"{what}.{name} must be one of {allowed}, got {values[name]}"
+    # Without a tile of its own a program holds all of K.
+    block_k = values.get("block_k", padded_k(spec))
+    if block_k > padded_k(spec):
+        return f"{what}.block_k {block_k} exceeds K padded to {padded_k(spec)}"
     if config.block_v > padded_v(spec):
         return f"{what}.block_v {config.block_v} exceeds V padded to {padded_v(spec)}"
     # The state tile alone; a thread has 255 registers.
-    state = block_k(spec) * config.block_v // (32 * config.num_warps)
-    if state > 256:
-        return f"{what}: the [{block_k(spec)}, {config.block_v}] state needs {state} registers"
-    if config.tma:
+    state = block_k * config.block_v // (32 * config.num_warps)
+    if state > MAX_STATE_REGISTERS:
+        return f"{what}: the [{block_k}, {config.block_v}] state needs {state} registers"
+    if values.get("tma"):
         if gpu.capability < (9, 0):
             return f"{what}.tma needs capability 9.0, {gpu.name} has {gpu.capability}"
         row_bytes = {
@@ -191,10 +371,30 @@ def _why_illegal_chunk(
         for name, size in row_bytes.items():
             if size % 16:
                 return f"{what}.tma needs rows of whole 16 bytes, {name} has {size}"
-    # What every implementation must hold: one stage of inputs.
-    gate = 0 if spec.gate is Gate.LOWRANK else block_k(spec) * spec.gate_dtype.itemsize
-    tiles = 2 if what == "fwd" else 1
-    row = (tiles * block_k(spec) + config.block_v) * spec.dtype.itemsize + gate
+    return None
+
+
+def _why_too_large(
+    spec: Specialisation,
+    config: ChunkKernelConfig | TileKernelConfig,
+    gpu: GpuSpec,
+    what: str,
+    k_tiles: int,
+    v_tiles: int,
+) -> str | None:
+    """Whether the inputs of the stages fit, which every implementation must hold.
+
+    Args:
+        spec: of the problem.
+        config: of the kernel.
+        gpu: where it runs.
+        what: the kernel's part in the config.
+        k_tiles: inputs with K channels, apart from the gate.
+        v_tiles: inputs with V channels.
+    """
+    block_k = config.block_k if isinstance(config, TileKernelConfig) else padded_k(spec)
+    gate = 0 if spec.gate is Gate.LOWRANK else block_k * spec.gate_dtype.itemsize
+    row = (k_tiles * block_k + v_tiles * config.block_v) * spec.dtype.itemsize + gate
     stages = max(1, config.num_stages - 1)
     if config.chunk * row * stages > gpu.shared_per_block:
         return (
@@ -204,19 +404,27 @@ def _why_illegal_chunk(
     return None
 
 
-def why_illegal(spec: Specialisation, config: ForwardConfig, gpu: GpuSpec) -> str | None:
-    """Why ``config`` cannot serve ``spec`` on ``gpu``, or ``None`` if it can be tried.
+def _why_illegal_walk(
+    spec: Specialisation,
+    config: ChunkKernelConfig | TileKernelConfig,
+    gpu: GpuSpec,
+    what: str,
+    k_tiles: int,
+    v_tiles: int,
+) -> str | None:
+    return _why_illegal_kernel(spec, config, gpu, what) or _why_too_large(
+        spec, config, gpu, what, k_tiles, v_tiles
+    )
 
-    A legal config may still need more shared memory than there is; only compiling tells, and
-    ``glac.compile`` refuses it then.
-    """
-    reason = _why_illegal_chunk(spec, config.fwd, gpu, "fwd")
+
+def _why_illegal_forward(spec: Specialisation, config: ForwardConfig, gpu: GpuSpec) -> str | None:
+    reason = _why_illegal_walk(spec, config.fwd, gpu, "fwd", 2, 1)
     if reason:
         return reason
     if (config.segment == 0) != (config.summary is None):
         return "summary must be given exactly when segment is not 0"
     if config.summary is not None:
-        reason = _why_illegal_chunk(spec, config.summary, gpu, "summary")
+        reason = _why_illegal_walk(spec, config.summary, gpu, "summary", 1, 1)
         if reason:
             return reason
         step = max(config.fwd.chunk, config.summary.chunk)
@@ -225,24 +433,70 @@ def why_illegal(spec: Specialisation, config: ForwardConfig, gpu: GpuSpec) -> st
     return None
 
 
-def is_legal(spec: Specialisation, config: ForwardConfig, gpu: GpuSpec) -> bool:
+def grads_illegal(spec: Specialisation, grads: TileKernelConfig, gpu: GpuSpec) -> str | None:
+    """``why_illegal`` of the gradient kernel alone."""
+    reason = _why_illegal_walk(spec, grads, gpu, "grads", 2, 2)
+    if reason is None and grads.dv and grads.block_k < padded_k(spec):
+        return f"grads.dv takes all of K in a tile, block_k {grads.block_k} is less"
+    return reason
+
+
+def _why_illegal_backward(
+    spec: Specialisation, config: BackwardConfig, gpu: GpuSpec
+) -> str | None:
+    grads = config.grads
+    reason = (
+        _why_illegal_walk(spec, config.states, gpu, "states", 1, 1)
+        or grads_illegal(spec, grads, gpu)
+        or (config.dv and _why_illegal_walk(spec, config.dv, gpu, "dv", 2, 1))
+    )
+    if reason:
+        return reason
+    if grads.dv == (config.dv is not None):
+        return "dv must be given exactly when grads.dv is false"
+    if grads.chunk % config.states.chunk:
+        return f"grads.chunk must be a multiple of states.chunk {config.states.chunk}"
+    return None
+
+
+def why_illegal(spec: Specialisation, config: Config, gpu: GpuSpec) -> str | None:
+    """Why ``config`` cannot serve ``spec`` on ``gpu``, or ``None`` if it can be tried.
+
+    A legal config may still need more shared memory than there is; only compiling tells, and
+    ``glac.compile`` refuses it then.
+    """
+    if isinstance(config, ForwardConfig):
+        return _why_illegal_forward(spec, config, gpu)
+    return _why_illegal_backward(spec, config, gpu)
+
+
+def is_legal(spec: Specialisation, config: Config, gpu: GpuSpec) -> bool:
     return why_illegal(spec, config, gpu) is None
 
 
-def default_forward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> ForwardConfig:
-    """The config used where nothing was tuned: safe on every listed GPU, decent on Hopper.
+# Defaults.
 
-    From measurements on Hopper at K = V = 128 (docs/performance.md): 32-token chunks and the whole
-    V per program; the sequence is split when the heads alone would leave most of the GPU idle.
-    """
+
+def _walking_kernel(spec: Specialisation, gpu: GpuSpec) -> ChunkKernelConfig:
+    """Measured on Hopper at K = V = 128: 32-token chunks and the whole V per program."""
     wide = spec.dtype is DType.FP32 or spec.dtype is DType.FP16
-    bk = block_k(spec)
+    bk = padded_k(spec)
     block_v = min(padded_v(spec), 64 if wide or bk > 128 else 128)
     warps = 8 if bk * block_v > 64 * 64 else 4
     chunk = 16 if wide and bk > 64 else 32
     stages = 2 if wide or bk > 128 or gpu.capability < (9, 0) else 3
-    fwd = ChunkKernelConfig(chunk, block_v, warps, stages)
-    programs = (1 << max(0, bucket.bh)) * math.ceil(spec.V / block_v)
+    return ChunkKernelConfig(chunk, block_v, warps, stages)
+
+
+def default_forward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> ForwardConfig:
+    """The forward config used where nothing was tuned: safe on every listed GPU, decent on Hopper.
+
+    The sequence is split when the heads alone would leave most of the GPU idle
+    (docs/performance.md).
+    """
+    fwd = _walking_kernel(spec, gpu)
+    chunk = fwd.chunk
+    programs = (1 << max(0, bucket.bh)) * math.ceil(spec.V / fwd.block_v)
     tokens = 1 << max(0, bucket.t)
     if 2 * programs > gpu.sm_count or tokens < 1024:
         return ForwardConfig(fwd)
@@ -252,3 +506,28 @@ def default_forward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> Forwa
     if 2 * segment > tokens:
         return ForwardConfig(fwd)
     return ForwardConfig(fwd, segment, fwd)
+
+
+def default_backward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> BackwardConfig:
+    """The backward config used where nothing was tuned: safe on every listed GPU.
+
+    Measured on Hopper at K = V = 128: half of K and the whole V per program, four warps, so that
+    two programs share an SM; heads of 64 channels get all four gradients from one kernel.
+    """
+    wide = spec.dtype is DType.FP32 or spec.dtype is DType.FP16
+    block_k, block_v = min(padded_k(spec), 64), min(padded_v(spec), 64 if wide else 128)
+    walk = _walking_kernel(spec, gpu)
+    chunk = 16 if wide or gpu.capability < (9, 0) else 32
+    whole = block_k == padded_k(spec)
+    return BackwardConfig(
+        states=replace(walk, chunk=chunk),
+        grads=TileKernelConfig(chunk, block_k, block_v, 4, walk.num_stages, dv=whole),
+        dv=None if whole else walk,
+    )
+
+
+def default_config(op: Op, spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> Config:
+    """The config used where nothing was tuned."""
+    if op is Op.FORWARD:
+        return default_forward(spec, gpu, bucket)
+    return default_backward(spec, gpu, bucket)

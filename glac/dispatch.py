@@ -1,8 +1,8 @@
 """Which kernel serves a problem: packs first, then a build on the spot, then PyTorch.
 
-A *hit* is a row whose specialisation matches; among hits the nearest bucket wins. Rows of the
-device's own model come before rows of its relatives. A decision is made once per specialisation,
-bucket and device, kept, and logged at INFO.
+A *hit* is a row whose op and specialisation match; among hits the nearest bucket wins. Rows of the
+device's own model come before rows of its relatives. A decision is made once per op,
+specialisation, bucket and device, kept, and logged at INFO.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
 
-from glac.configs import ForwardConfig, default_forward
+from glac.configs import BackwardConfig, Config, ForwardConfig, default_config
 from glac.errors import GlacError, KernelNotFoundError, PackError
-from glac.forward import ForwardPlan, Kernel
 from glac.gpus import ARCHS, GPUS, RELATIVES, GpuSpec, match_gpu
 from glac.pack import Pack, PackRow, read_pack
-from glac.problem import Bucket, Problem, Specialisation
+from glac.plan import Kernel, Plan
+from glac.problem import Bucket, Op, Problem, Specialisation
 from glac.settings import Settings, load_settings
 
 log = logging.getLogger("glac")
@@ -33,9 +34,10 @@ Kernels = Mapping[str, Kernel]
 
 @dataclass(frozen=True)
 class Decision:
-    """How a problem is served.
+    """How one op of a problem is served.
 
     Attributes:
+        op: what is served.
         provider: ``pack``, ``build`` (compiled on a miss) or ``torch``.
         config: the kernels' config, ``None`` for PyTorch.
         config_id: its slug, or ``torch-chunk``.
@@ -46,8 +48,9 @@ class Decision:
         tried: what was looked at before, one line each.
     """
 
+    op: Op
     provider: str
-    config: ForwardConfig | None
+    config: Config | None
     config_id: str
     cubin_sha: str
     kernels: dict[str, str]
@@ -71,8 +74,8 @@ class Stats:
 
 _lock = threading.RLock()
 _stats = Stats()
-# By specialisation, bucket and device: lengths of one bucket share an entry.
-_served: dict[tuple[Specialisation, Bucket, int], tuple[Decision, Kernels | None]] = {}
+# By op, specialisation, bucket and device: lengths of one bucket share an entry.
+_served: dict[tuple[Op, Specialisation, Bucket, int], tuple[Decision, Kernels | None]] = {}
 
 
 def stats() -> Stats:
@@ -135,40 +138,49 @@ def _rank(row: PackRow, gpu: GpuSpec, bucket: Bucket) -> tuple[int, int, int, in
     return guessed, kinship, *_nearness(row.bucket, bucket)
 
 
-def best_row(rows: Iterable[PackRow], problem: Problem, gpu: GpuSpec) -> PackRow | None:
+def best_row(
+    rows: Iterable[PackRow], problem: Problem, gpu: GpuSpec, op: Op = Op.FORWARD
+) -> PackRow | None:
     """The row that serves ``problem`` on ``gpu``: tuned before guessed, kin, nearest bucket."""
-    hits = [row for row in rows if row.spec == problem.spec]
+    hits = [row for row in rows if row.op is op and row.spec == problem.spec]
     return min(hits, key=lambda row: _rank(row, gpu, problem.bucket), default=None)
 
 
 def _from_packs(
-    packs: Sequence[Pack], problem: Problem, gpu: GpuSpec, tried: list[str]
+    packs: Sequence[Pack], problem: Problem, gpu: GpuSpec, op: Op, tried: list[str]
 ) -> tuple[Pack, PackRow] | None:
     for pack in packs:
-        row = best_row(pack.rows, problem, gpu)
+        row = best_row(pack.rows, problem, gpu, op)
         if row is not None:
             return pack, row
-        tried.append(f"{pack.path}: no row for {problem.spec.slug}")
+        tried.append(f"{pack.path}: no {op.value} row for {problem.spec.slug}")
     return None
 
 
 def _pack_decision(pack: Pack, row: PackRow, problem: Problem, tried: list[str]) -> Decision:
     b, want = row.bucket, problem.bucket
     exact = "its bucket" if b == want else f"nearest bucket (2^{b.bh} heads, 2^{b.t} tokens)"
+    return _row_decision("pack", pack, row, f"{row.source} row of {row.gpu}, {exact}", tried)
+
+
+def _row_decision(
+    provider: str, pack: Pack, row: PackRow, reason: str, tried: list[str]
+) -> Decision:
     return Decision(
-        provider="pack",
+        op=row.op,
+        provider=provider,
         config=row.config,
         config_id=row.config.slug,
-        cubin_sha=pack.kernels[row.kernels["gla_fwd"]].sha256,
+        cubin_sha=pack.kernels[row.kernels[row.config.MAIN]].sha256,
         kernels=dict(row.kernels),
         path=str(pack.path),
-        reason=f"{row.source} row of {row.gpu}, {exact}",
+        reason=reason,
         tried=tried,
     )
 
 
-def _torch_decision(reason: str, tried: list[str]) -> Decision:
-    return Decision("torch", None, "torch-chunk", "", {}, "", reason, tried)
+def _torch_decision(op: Op, reason: str, tried: list[str]) -> Decision:
+    return Decision(op, "torch", None, "torch-chunk", "", {}, "", reason, tried)
 
 
 def can_build() -> bool:
@@ -181,66 +193,66 @@ def can_build() -> bool:
         return False
 
 
-def decide(problem: Problem, gpu: GpuSpec, settings: Settings | None = None) -> Decision:
+def decide(
+    problem: Problem, gpu: GpuSpec, op: Op = Op.FORWARD, settings: Settings | None = None
+) -> Decision:
     """What would serve ``problem`` on ``gpu``, without building, loading or touching a device."""
     settings = settings or load_settings()
     packs, refused = installed_packs(settings, gpu.arch)
     tried = list(refused)
-    hit = _from_packs(packs, problem, gpu, tried)
+    hit = _from_packs(packs, problem, gpu, op, tried)
     if hit:
         return _pack_decision(*hit, problem, tried)
     if settings.require_aot:
-        raise _not_found(problem, gpu, settings, tried)
+        raise _not_found(problem, gpu, op, settings, tried)
     if can_build():
-        config = miss_config(problem, gpu)
-        return Decision(
-            "build",
-            config,
-            config.slug,
-            "",
-            {},
-            "",
-            "no pack has it: compiled at first use",
-            tried,
-        )
-    return _torch_decision("no pack has it and no compiler is installed", tried)
+        config = miss_config(problem, gpu, op)
+        reason = "no pack has it: compiled at first use"
+        return Decision(op, "build", config, config.slug, "", {}, "", reason, tried)
+    return _torch_decision(op, "no pack has it and no compiler is installed", tried)
 
 
 def _not_found(
-    problem: Problem, gpu: GpuSpec, settings: Settings, tried: list[str]
+    problem: Problem, gpu: GpuSpec, op: Op, settings: Settings, tried: list[str]
 ) -> KernelNotFoundError:
     looked = [str(p) for p in (*settings.pack_path, settings.build_dir, shipped_pack_dir())]
     lines = "".join(f"\n  {line}" for line in (*tried, f"searched: {', '.join(looked)}"))
     return KernelNotFoundError(
-        f"GLAC_REQUIRE_AOT=1 and no pack has a kernel for {problem} on {gpu.name}:{lines}",
+        f"GLAC_REQUIRE_AOT=1 and no pack has a {op.value} kernel for {problem} on {gpu.name}:"
+        f"{lines}",
         hint=f"glac tune --gpu {gpu.name}, then glac build --gpu {gpu.name}, where a compiler is; "
         "or unset GLAC_REQUIRE_AOT",
     )
 
 
-def miss_config(problem: Problem, gpu: GpuSpec) -> ForwardConfig:
+def miss_config(problem: Problem, gpu: GpuSpec, op: Op = Op.FORWARD) -> Config:
     """The config for a problem that no pack has: the nearest tuned row's, else the heuristic's."""
+    default = default_config(op, problem.spec, gpu, problem.bucket)
     try:
         from glac.tuned import shipped  # needs PyYAML, which serving from packs does not
     except ImportError:
-        return default_forward(problem.spec, gpu, problem.bucket)
+        return default
 
     for name in (gpu.name, *RELATIVES.get(gpu.name, ())):
         file = shipped(name)
-        rows = [row for row in file.rows if row.spec == problem.spec] if file else []
-        if rows:
-            return min(rows, key=lambda row: _nearness(row.bucket, problem.bucket)).config
-    return default_forward(problem.spec, gpu, problem.bucket)
+        rows = file.rows if file else ()
+        hits = [row for row in rows if row.op is op and row.spec == problem.spec]
+        if hits:
+            return min(hits, key=lambda row: _nearness(row.bucket, problem.bucket)).config
+    return default
 
 
-def _build_on_miss(problem: Problem, gpu: GpuSpec, settings: Settings) -> tuple[Pack, PackRow]:
+def _build_on_miss(
+    problem: Problem, gpu: GpuSpec, op: Op, settings: Settings
+) -> tuple[Pack, PackRow]:
     from glac.build import build_single
 
     bucket = problem.bucket
-    folder = settings.miss_dir / gpu.arch / f"{problem.spec.slug}-bh{bucket.bh}-t{bucket.t}"
-    pack, compiled = build_single(problem, gpu, miss_config(problem, gpu), folder)
+    name = f"{op.value}-{problem.spec.slug}-bh{bucket.bh}-t{bucket.t}"
+    folder = settings.miss_dir / gpu.arch / name
+    pack, compiled = build_single(problem, gpu, miss_config(problem, gpu, op), folder)
     _stats.compiled += compiled
-    row = best_row(pack.rows, problem, gpu)
+    row = best_row(pack.rows, problem, gpu, op)
     assert row is not None
     return pack, row
 
@@ -284,7 +296,7 @@ def device_gpu(device: int) -> tuple[GpuSpec | None, str]:
     return spec, f"{props.name}: not a listed GPU, served by {base.name}'s configs"
 
 
-def _resolve(problem: Problem, device: int) -> tuple[Decision, Kernels | None]:
+def _resolve(problem: Problem, device: int, op: Op) -> tuple[Decision, Kernels | None]:
     settings = load_settings()
     gpu, note = device_gpu(device)
     if gpu is None:
@@ -293,10 +305,10 @@ def _resolve(problem: Problem, device: int) -> tuple[Decision, Kernels | None]:
                 f"GLAC_REQUIRE_AOT=1, and {note}",
                 hint="unset GLAC_REQUIRE_AOT to run through PyTorch",
             )
-        return _torch_decision(note, []), None
+        return _torch_decision(op, note, []), None
     packs, refused = installed_packs(settings, gpu.arch)
     tried = list(refused)
-    hit = _from_packs(packs, problem, gpu, tried)
+    hit = _from_packs(packs, problem, gpu, op, tried)
     while hit:
         try:
             return _pack_decision(*hit, problem, tried), _load(*hit, device)
@@ -305,53 +317,65 @@ def _resolve(problem: Problem, device: int) -> tuple[Decision, Kernels | None]:
             tried.append(f"{hit[0].path}: refused: {error.message}")
             log.warning("glac: pack %s refused: %s", hit[0].path, error)
             packs = packs[packs.index(hit[0]) + 1 :]
-            hit = _from_packs(packs, problem, gpu, tried)
+            hit = _from_packs(packs, problem, gpu, op, tried)
     if settings.require_aot:
-        raise _not_found(problem, gpu, settings, tried)
+        raise _not_found(problem, gpu, op, settings, tried)
     if can_build():
         try:
-            pack, row = _build_on_miss(problem, gpu, settings)
+            pack, row = _build_on_miss(problem, gpu, op, settings)
             loaded = _load(pack, row, device)
         except GlacError as error:
             tried.append(f"build on miss failed: {error.message}")
-            return _torch_decision("no pack has it and building it failed", tried), None
-        kernels = dict(row.kernels)
-        sha = pack.kernels[kernels["gla_fwd"]].sha256
+            return _torch_decision(op, "no pack has it and building it failed", tried), None
         reason = f"no pack has it: compiled here with the {row.source} config"
         warnings.warn(
-            f"glac compiled a kernel at run time: no pack row for {problem} on {gpu.name}. "
-            f"Ship one: glac tune --gpu {gpu.name}, glac build --gpu {gpu.name}.",
+            f"glac compiled {op.value} kernels at run time: no pack row for {problem} on "
+            f"{gpu.name}. Ship one: glac tune --gpu {gpu.name}, glac build --gpu {gpu.name}.",
             stacklevel=2,
         )
-        return (
-            Decision(
-                "build", row.config, row.config.slug, sha, kernels, str(pack.path), reason, tried
-            ),
-            loaded,
-        )
-    return _torch_decision("no pack has it and no compiler is installed", tried), None
+        return _row_decision("build", pack, row, reason, tried), loaded
+    return _torch_decision(op, "no pack has it and no compiler is installed", tried), None
 
 
-def resolve(problem: Problem, device: int) -> tuple[Decision, ForwardPlan | None]:
-    """The decision for ``problem`` on a CUDA device, and its plan (``None``: use PyTorch).
+@overload
+def resolve(
+    problem: Problem, device: int, op: Literal[Op.FORWARD] = ...
+) -> tuple[Decision, Plan[ForwardConfig] | None]: ...
+
+
+@overload
+def resolve(
+    problem: Problem, device: int, op: Literal[Op.BACKWARD]
+) -> tuple[Decision, Plan[BackwardConfig] | None]: ...
+
+
+@overload
+def resolve(problem: Problem, device: int, op: Op) -> tuple[Decision, Plan[Config] | None]: ...
+
+
+def resolve(
+    problem: Problem, device: int, op: Op = Op.FORWARD
+) -> tuple[Decision, Plan[Any] | None]:
+    """The decision for an op of ``problem`` on a CUDA device, its plan (``None``: use PyTorch).
 
     Raises:
         KernelNotFoundError: ``GLAC_REQUIRE_AOT=1`` and no pack has a kernel.
     """
-    key = (problem.spec, problem.bucket, device)
+    key = (op, problem.spec, problem.bucket, device)
     found = _served.get(key)
     if found is None:
         with _lock:
             found = _served.get(key)
             if found is None:
-                found = _served[key] = _resolve(problem, device)
+                found = _served[key] = _resolve(problem, device, op)
                 decision = found[0]
                 _stats.decisions[decision.provider] = (
                     _stats.decisions.get(decision.provider, 0) + 1
                 )
                 log.info(
-                    "glac: %s: %s %s (%s)",
+                    "glac: %s %s: %s %s (%s)",
                     problem,
+                    op.value,
                     decision.provider,
                     decision.config_id,
                     decision.reason,
@@ -359,10 +383,10 @@ def resolve(problem: Problem, device: int) -> tuple[Decision, ForwardPlan | None
     decision, kernels = found
     if kernels is None or decision.config is None:
         return decision, None
-    return decision, ForwardPlan(problem, decision.config, kernels)
+    return decision, Plan(problem, decision.config, kernels)
 
 
-def explain(problem: Problem, device: torch.device | int = 0) -> Decision:
-    """The decision for ``problem`` on a CUDA device; makes it if it was not made yet."""
+def explain(problem: Problem, device: torch.device | int = 0, op: Op = Op.FORWARD) -> Decision:
+    """The decision for an op of ``problem`` on a CUDA device; makes it if it was not made yet."""
     index = device if isinstance(device, int) else (device.index or 0)
-    return resolve(problem, index)[0]
+    return resolve(problem, index, op)[0]

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glac.configs import ForwardConfig
 from glac.errors import MissingEnvironmentError
-from glac.forward import ForwardPlan
 from glac.generate import kernel_function
-from glac.kernelspec import KernelSpec, forward_kernels
+from glac.kernelspec import KernelSpec, config_kernels
+from glac.plan import AnyConfig, Plan
 from glac.problem import Problem
 from glac.templates import active_args, constants
 
@@ -44,7 +43,7 @@ class InterpretedKernel:
         self._fn[(grid,)](**arguments, **self._constants)
 
 
-def interpreted_plan(problem: Problem, config: ForwardConfig) -> ForwardPlan:
+def interpreted_plan(problem: Problem, config: AnyConfig) -> Plan[AnyConfig]:
     """A plan whose kernels run in the interpreter."""
-    kernels = forward_kernels(problem.spec, config, "sm_90a")
-    return ForwardPlan(problem, config, {k.template: InterpretedKernel(k) for k in kernels})
+    kernels = config_kernels(problem.spec, config, "sm_90a")
+    return Plan(problem, config, {k.template: InterpretedKernel(k) for k in kernels})

@@ -8,11 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from glac.configs import ChunkKernelConfig, CombineKernelConfig, ForwardConfig, KernelConfig
+from glac.configs import KERNEL_CONFIGS, Config, KernelConfig
 from glac.errors import ConfigError
 from glac.gpus import ARCHS
 from glac.problem import Specialisation, strict_fields
 from glac.templates import TEMPLATES, kernel_specialisation
+
+
+def _known_template(name: object) -> str:
+    if not isinstance(name, str) or name not in TEMPLATES:
+        raise ConfigError(f"unknown template {name!r}", hint=f"templates: {', '.join(TEMPLATES)}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,14 @@ class KernelSpec:
     arch: str
 
     def __post_init__(self) -> None:
-        if self.template not in TEMPLATES:
-            raise ConfigError(
-                f"unknown template {self.template!r}", hint=f"templates: {', '.join(TEMPLATES)}"
-            )
+        _known_template(self.template)
         if self.arch not in ARCHS:
             raise ConfigError(f"unknown arch {self.arch!r}", hint=f"archs: {', '.join(ARCHS)}")
+        kind = KERNEL_CONFIGS[self.template]
+        if not isinstance(self.config, kind):
+            raise ConfigError(
+                f"{self.template} takes a {kind.__name__}, got a {type(self.config).__name__}"
+            )
         object.__setattr__(self, "spec", kernel_specialisation(self.template, self.spec))
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,10 +59,10 @@ class KernelSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "kernel") -> KernelSpec:
         d = strict_fields(cls, data, where)
-        kind = CombineKernelConfig if d["template"] == "gla_fwd_combine" else ChunkKernelConfig
-        config: KernelConfig = kind.from_dict(d["config"], f"{where}.config")
+        template = _known_template(d["template"])
+        config = KERNEL_CONFIGS[template].from_dict(d["config"], f"{where}.config")
         spec = Specialisation.from_dict(d["spec"], f"{where}.spec")
-        return cls(str(d["template"]), spec, config, str(d["arch"]))
+        return cls(template, spec, config, str(d["arch"]))
 
     @property
     def hash8(self) -> str:
@@ -68,6 +76,6 @@ class KernelSpec:
         return f"{self.template}_{self.spec.slug}_{self.config.slug}_{arch}-{self.hash8}"
 
 
-def forward_kernels(spec: Specialisation, config: ForwardConfig, arch: str) -> list[KernelSpec]:
-    """The kernels of a forward config, in launch order."""
+def config_kernels(spec: Specialisation, config: Config, arch: str) -> list[KernelSpec]:
+    """The kernels of a config, in launch order."""
     return [KernelSpec(name, spec, cfg, arch) for name, cfg in config.kernels().items()]

@@ -1,4 +1,4 @@
-"""Kernels from a pack as something ``glac.forward`` can run on torch tensors."""
+"""Kernels from a pack as something a launcher can run on torch tensors."""
 
 from __future__ import annotations
 

@@ -18,24 +18,31 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from glac import __version__
 from glac.atomic import sync_folder, write_bytes
-from glac.configs import ForwardConfig, why_illegal
+from glac.configs import CONFIGS, Config, why_illegal
 from glac.errors import ConfigError, PackError
 from glac.gpus import ARCHS, GPUS
-from glac.kernelspec import KernelSpec, forward_kernels
-from glac.problem import Bucket, Specialisation
-from glac.templates import TEMPLATES, active_args, pointer_type, templates_sha256, tiles
+from glac.kernelspec import KernelSpec, config_kernels
+from glac.problem import Bucket, Op, Specialisation
+from glac.templates import (
+    TEMPLATES,
+    active_args,
+    pointer_type,
+    template_op,
+    templates_sha256,
+    tiles,
+)
 
 if TYPE_CHECKING:
     from glac.compile import CompiledKernel, Toolchain
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SOURCES = ("tuned", "heuristic")
 REBUILD = "rebuild it: glac build"
@@ -115,7 +122,7 @@ class PackedKernel:
 
 @dataclass(frozen=True)
 class PackRow:
-    """Which config, and so which kernels, one GPU uses for a specialisation near a bucket.
+    """Which config, and so which kernels, one GPU uses for an op near a bucket.
 
     Attributes:
         gpu: a key of ``glac.gpus.GPUS``.
@@ -132,8 +139,13 @@ class PackRow:
     measured_on: str
     spec: Specialisation
     bucket: Bucket
-    config: ForwardConfig
+    config: Config
     kernels: Mapping[str, str]
+
+    @property
+    def op(self) -> Op:
+        """What the row serves; its config says so."""
+        return self.config.op
 
     @classmethod
     def make(
@@ -143,16 +155,17 @@ class PackRow:
         measured_on: str,
         spec: Specialisation,
         bucket: Bucket,
-        config: ForwardConfig,
+        config: Config,
     ) -> PackRow:
         """A row whose kernel names follow from the other fields."""
-        kernels = forward_kernels(spec, config, GPUS[gpu].arch)
+        kernels = config_kernels(spec, config, GPUS[gpu].arch)
         names = {kernel.template: kernel.name for kernel in kernels}
         return cls(gpu, source, measured_on, spec, bucket, config, names)
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest entry."""
         return {
+            "op": self.op.value,
             "gpu": self.gpu,
             "source": self.source,
             "measured_on": self.measured_on,
@@ -172,7 +185,7 @@ class Pack:
         arch: code target of every kernel.
         driver_floor: oldest driver branch that loads the cubins.
         toolchain: versions of ``triton`` and ``ptxas``.
-        templates_sha256: of the kernel sources.
+        templates_sha256: of the kernel sources, for each op that has kernels here.
         kernels: by name.
         rows: which problem gets which kernels.
         glac: version that wrote the pack.
@@ -182,7 +195,7 @@ class Pack:
     arch: str
     driver_floor: int
     toolchain: Mapping[str, str]
-    templates_sha256: str
+    templates_sha256: Mapping[Op, str]
     kernels: Mapping[str, PackedKernel]
     rows: tuple[PackRow, ...]
     glac: str = __version__
@@ -216,7 +229,7 @@ class Pack:
 
 # An entry holds the fields of its class, the name of a kernel being its key.
 _KERNEL_KEYS = frozenset(field.name for field in fields(PackedKernel)) - {"name"}
-_ROW_KEYS = frozenset(field.name for field in fields(PackRow))
+_ROW_KEYS = frozenset(field.name for field in fields(PackRow)) | {"op"}
 
 
 def run_time_args(kernel: KernelSpec) -> tuple[tuple[str, str], ...]:
@@ -259,7 +272,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-_T = TypeVar("_T", Specialisation, Bucket, ForwardConfig)
+_T = TypeVar("_T")
 
 
 class _Checker:
@@ -267,14 +280,14 @@ class _Checker:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._parsed: dict[tuple[type, str], Any] = {}
+        self._parsed: dict[tuple[Callable[..., Any], str], Any] = {}
 
-    def parsed(self, cls: type[_T], value: Any, what: str) -> _T:
-        """``cls.from_dict``, once for equal content: rows repeat few specs and configs."""
+    def parsed(self, parse: Callable[[Any, str], _T], value: Any, what: str) -> _T:
+        """``parse(value, what)``, once for equal content: rows repeat few specs and configs."""
         # By its text, because 1, 1.0 and True are equal keys.
-        key = (cls, _full_text(value))
+        key = (parse, _full_text(value))
         if key not in self._parsed:
-            self._parsed[key] = cls.from_dict(value, what)
+            self._parsed[key] = parse(value, what)
         found: _T = self._parsed[key]
         return found
 
@@ -370,13 +383,15 @@ def _check_row(
 ) -> PackRow:
     field = f"rows[{index}]"
     data = check.mapping(value, _ROW_KEYS, field)
+    op = Op(check.one_of(data["op"], [op.value for op in Op], f"{field}.op"))
     gpu = check.one_of(data["gpu"], GPUS, f"{field}.gpu")
     if GPUS[gpu].arch != arch:
         raise check.fail(f"{field}.gpu", f"{gpu} runs {GPUS[gpu].arch}, this pack is {arch}")
     try:
-        spec = check.parsed(Specialisation, data["spec"], "spec")
-        bucket = check.parsed(Bucket, data["bucket"], "bucket")
-        config = check.parsed(ForwardConfig, data["config"], "config")
+        spec = check.parsed(Specialisation.from_dict, data["spec"], "spec")
+        bucket = check.parsed(Bucket.from_dict, data["bucket"], "bucket")
+        parse: Callable[[Any, str], Config] = CONFIGS[op].from_dict
+        config = check.parsed(parse, data["config"], "config")
     except ConfigError as error:
         raise check.fail(field, error.message) from None
     check.integer(bucket.bh, 0, _MAX_BUCKET, f"{field}.bucket.bh")
@@ -385,7 +400,7 @@ def _check_row(
     reason = why_illegal(spec, config, GPUS[gpu])
     if reason:
         raise check.fail(f"{field}.config", reason)
-    wanted = forward_kernels(spec, config, arch)
+    wanted = config_kernels(spec, config, arch)
     named = check.mapping(
         data["kernels"], frozenset(kernel.template for kernel in wanted), f"{field}.kernels"
     )
@@ -419,6 +434,12 @@ def manifest_sha256(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _ops(kernels: Iterable[KernelSpec]) -> list[Op]:
+    """The ops that kernels belong to."""
+    found = {template_op(kernel.template) for kernel in kernels}
+    return sorted(found, key=lambda op: op.order)
+
+
 def _check_manifest(path: Path, value: object) -> Pack:
     check = _Checker(path)
     version = check.mapping(value, None, "manifest").get("format")
@@ -427,6 +448,10 @@ def _check_manifest(path: Path, value: object) -> Pack:
             "format",
             f"version {_shown(version)} is newer than this glac reads ({FORMAT})",
             hint="upgrade glac, or rebuild the pack with this one: glac build",
+        )
+    if type(version) is int and version < FORMAT:
+        raise check.fail(
+            "format", f"version {_shown(version)} is older than this glac reads ({FORMAT})"
         )
     check.integer(version, FORMAT, FORMAT, "format")
     data = check.mapping(value, _TOP_KEYS, "manifest")
@@ -441,19 +466,24 @@ def _check_manifest(path: Path, value: object) -> Pack:
         _check_row(check, index, entry, arch, kernels)
         for index, entry in enumerate(check.items(data["rows"], "rows"))
     )
-    seen: dict[tuple[str, Specialisation, Bucket], int] = {}
+    seen: dict[tuple[str, Op, Specialisation, Bucket], int] = {}
     for index, row in enumerate(rows):
-        first = seen.setdefault((row.gpu, row.spec, row.bucket), index)
+        first = seen.setdefault((row.gpu, row.op, row.spec, row.bucket), index)
         if first != index:
-            raise check.fail(f"rows[{index}]", f"same GPU, spec and bucket as rows[{first}]")
+            raise check.fail(f"rows[{index}]", f"same GPU, op, spec and bucket as rows[{first}]")
+    ops = _ops(packed.kernel for packed in kernels.values())
+    hashes = check.mapping(
+        data["templates_sha256"], frozenset(op.value for op in ops), "templates_sha256"
+    )
     pack = Pack(
         path=path,
         arch=arch,
         driver_floor=check.integer(data["driver_floor"], 1, _MAX_DRIVER, "driver_floor"),
         toolchain={key: check.text(tools[key], f"toolchain.{key}") for key in sorted(tools)},
-        templates_sha256=check.matching(
-            data["templates_sha256"], _HEX64, "64 hex digits", "templates_sha256"
-        ),
+        templates_sha256={
+            op: check.matching(hashes[op], _HEX64, "64 hex digits", f"templates_sha256.{op.value}")
+            for op in ops
+        },
         kernels=kernels,
         rows=rows,
         glac=check.text(data["glac"], "glac"),
@@ -564,15 +594,17 @@ def write_pack(
     """
     path = Path(path)
     built = {item.kernel.name: item for item in compiled}
+    hashes = templates_sha256(_ops(item.kernel for item in built.values()))
+    rows = sorted(rows, key=lambda row: (row.gpu, row.op.order, row.spec, row.bucket))
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "glac": __version__,
         "arch": arch,
         "driver_floor": tools.driver_floor,
         "toolchain": tools.to_dict(),
-        "templates_sha256": templates_sha256(),
+        "templates_sha256": {op.value: sha for op, sha in hashes.items()},
         "kernels": {name: _packed(item).to_dict() for name, item in built.items()},
-        "rows": [row.to_dict() for row in sorted(rows, key=lambda r: (r.gpu, r.spec, r.bucket))],
+        "rows": [row.to_dict() for row in rows],
     }
     manifest["sha256"] = manifest_sha256(manifest)
     # The reader's checks, before anything is written.

@@ -32,6 +32,18 @@ class DType(str, Enum):
         return 4 if self is DType.FP32 else 2
 
 
+class Op(str, Enum):
+    """What is computed. Each op has kernels, configs and tuned rows of its own."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+    @property
+    def order(self) -> int:
+        """Place among the ops, for listings."""
+        return list(Op).index(self)
+
+
 class Gate(str, Enum):
     """How the forget gate arrives: a dense ``[B, T, H, K]`` tensor, or a low-rank product."""
 
@@ -167,16 +179,32 @@ class Problem:
     def bucket(self) -> Bucket:
         return Bucket(_round_log2(self.B * self.H), _round_log2(self.T))
 
-    @property
-    def forward_bytes(self) -> int:
-        """Bytes that a forward pass must move: every input read once, the output written once."""
+    def bytes(self, op: Op) -> int:
+        """Bytes that ``op`` must move through memory: inputs read once, results written once.
+
+        The forward pass reads q, k, v and the gate's inputs and writes o. The backward pass reads
+        these inputs and do, and writes a gradient of each input's size. Neither counts states,
+        which are optional, nor what kernels keep for each other.
+        """
         s = self.spec
         token_heads = self.B * self.T * self.H
-        io = 2 * (s.K + s.V) * s.dtype.itemsize * token_heads
+        inputs = (2 * s.K + s.V) * s.dtype.itemsize * token_heads + self._gate_bytes
+        output = s.V * s.dtype.itemsize * token_heads
+        return inputs + output if op is Op.FORWARD else 2 * inputs + output
+
+    @property
+    def _gate_bytes(self) -> int:
+        """Of the dense gate, or of x, weight and bias."""
+        s = self.spec
         if s.gate is Gate.VECTOR:
-            return io + s.K * s.gate_dtype.itemsize * token_heads
+            return self.B * self.T * self.H * s.K * s.gate_dtype.itemsize
         per_head = (s.rank * s.dtype.itemsize + s.gate_dtype.itemsize) * s.K
-        return io + self.B * self.T * s.rank * s.dtype.itemsize + self.H * per_head
+        return self.B * self.T * s.rank * s.dtype.itemsize + self.H * per_head
+
+    @property
+    def forward_bytes(self) -> int:
+        """Bytes that a forward pass must move, see ``bytes``."""
+        return self.bytes(Op.FORWARD)
 
     def __str__(self) -> str:
         return f"B={self.B} T={self.T} H={self.H} {self.spec.slug}"

@@ -21,12 +21,12 @@ import torch
 
 from glac import dispatch
 from glac.cli import DEFAULT_BUILD, format_table, terminal
-from glac.configs import ForwardConfig, default_forward
+from glac.configs import Config, default_forward
 from glac.errors import GlacError
 from glac.gpus import GPUS, RELATIVES, GpuSpec
-from glac.kernelspec import KernelSpec, forward_kernels
+from glac.kernelspec import KernelSpec, config_kernels
 from glac.pack import Pack, PackRow, write_pack
-from glac.problem import DType, Gate, Problem, Specialisation
+from glac.problem import DType, Gate, Op, Problem, Specialisation
 from glac.settings import load_settings
 
 if TYPE_CHECKING:
@@ -231,11 +231,11 @@ class _Choice:
     source: str
     measured_on: str
     problem: Problem
-    config: ForwardConfig
+    config: Config
     certified: Mapping[str, str] = field(default_factory=dict)
 
     def kernels(self) -> list[KernelSpec]:
-        return forward_kernels(self.problem.spec, self.config, GPUS[self.gpu].arch)
+        return config_kernels(self.problem.spec, self.config, GPUS[self.gpu].arch)
 
     def row(self) -> PackRow:
         spec, bucket = self.problem.spec, self.problem.bucket
@@ -249,7 +249,8 @@ def _choose(problem: Problem, gpu: GpuSpec) -> _Choice:
     for name in (gpu.name, *RELATIVES.get(gpu.name, ())):
         file = shipped(name)
         for row in file.rows if file else ():
-            if (row.spec, row.bucket) == (problem.spec, problem.bucket):
+            wanted = (Op.FORWARD, problem.spec, problem.bucket)
+            if (row.op, row.spec, row.bucket) == wanted:
                 source = "tuned" if name == gpu.name else "heuristic"
                 measured_on = row.stats.measured_on or (file.measured_on if file else "")
                 hashes = {kernel.name: kernel.cubin_sha256 for kernel in row.kernels}
@@ -351,7 +352,7 @@ def _foresee(report: Report, folder: Path, say: Say) -> None:
     rows = []
     for problem in (*CROSS_BUILT, ODD):
         try:
-            decision = dispatch.decide(problem, GPUS["h100"], settings)
+            decision = dispatch.decide(problem, GPUS["h100"], settings=settings)
         except (GlacError, ModuleNotFoundError) as error:
             rows.append((str(problem), "error", "-", _reason(error).splitlines()[0]))
             continue
@@ -448,7 +449,7 @@ def _tune(
     say(f"tuned {TUNED}: {choice.us:.1f} us with {choice.config.slug}, {untuned}")
     say(f"{len(result.outcomes)} candidates tried, {refused} of them refused\n")
     compiled = candidates.read_pack()
-    kernels = forward_kernels(TUNED.spec, choice.config, gpu.arch)
+    kernels = config_kernels(TUNED.spec, choice.config, gpu.arch)
     hashes = {kernel.name: compiled.kernels[kernel.name].sha256 for kernel in kernels}
     return _Choice(gpu.name, "tuned", study.device.name, TUNED, choice.config, hashes)
 

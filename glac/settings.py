@@ -39,6 +39,11 @@ def checked_mode() -> bool:
     return "GLAC_CHECKED" in os.environ and _flag("GLAC_CHECKED")
 
 
+def require_aot() -> bool:
+    """Whether ``GLAC_REQUIRE_AOT`` is on. Read by every call whose gradients are wanted."""
+    return "GLAC_REQUIRE_AOT" in os.environ and _flag("GLAC_REQUIRE_AOT")
+
+
 @dataclass(frozen=True)
 class Settings:
     """A snapshot of the environment; see the module docstring for each field's variable."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,19 @@ from glac.configs import (
     EXACT_ROWS,
     ChunkKernelConfig,
     CombineKernelConfig,
+    ExactKernelConfig,
     KernelConfig,
-    block_k,
+    TileKernelConfig,
+    padded_k,
 )
-from glac.problem import DType, Gate, Specialisation
+from glac.problem import DType, Gate, Op, Specialisation
 
 TEMPLATE_DIR = Path(__file__).parent / "kernel_templates"
 
 
 @dataclass(frozen=True)
 class Arg:
-    """A kernel parameter. ``kind``: ``*io``, ``*gate`` or ``*fp32`` (pointers), i32 or fp32."""
+    """A kernel parameter. ``kind``: a key of ``POINTERS``, i32 or fp32."""
 
     name: str
     kind: str
@@ -61,6 +63,14 @@ class Template:
         return TEMPLATE_DIR / f"{self.name}.py"
 
 
+_BWD_ARGS = (
+    "q:*io k:*io v:*io g:*gate x:*io w:*io bias:*gate do:*io states:*state dht:*fp32 dq:*io "
+    "dk:*io dv:*io dg:*gate dx:*fp32 dw:*fp32 db:*fp32 dh0:*fp32 flags:*i32 scale:fp32 "
+    "inv_normalizer:fp32 clamp_log2:fp32 T:i32 B:i32 H:i32 t_begin:i32 t_end:i32 has_dht:i32 "
+    "has_dh0:i32 has_bias:i32 q_b:i32 q_t:i32 q_h:i32 k_b:i32 k_t:i32 k_h:i32 v_b:i32 v_t:i32 "
+    "v_h:i32 do_b:i32 do_t:i32 do_h:i32 g_b:i32 g_t:i32 g_h:i32 x_b:i32 x_t:i32"
+)
+
 TEMPLATES: dict[str, Template] = {
     t.name: t
     for t in (
@@ -89,15 +99,45 @@ TEMPLATES: dict[str, Template] = {
             _args("states:*fp32 decay:*fp32 h0:*fp32 n_seg:i32 has_h0:i32"),
             ("heads",),
         ),
+        Template(
+            "gla_bwd_states",
+            _args(
+                "k:*io v:*io g:*gate x:*io w:*io bias:*gate h0:*fp32 states:*state marks:*fp32 "
+                "inv_normalizer:fp32 clamp_log2:fp32 T:i32 H:i32 t_begin:i32 t_end:i32 "
+                "keep_from:i32 keep:i32 window:i32 h0_slots:i32 mark_slots:i32 has_h0:i32 "
+                "has_bias:i32 k_b:i32 k_t:i32 k_h:i32 v_b:i32 v_t:i32 v_h:i32 g_b:i32 g_t:i32 "
+                "g_h:i32 x_b:i32 x_t:i32"
+            ),
+            ("heads",),
+        ),
+        Template("gla_bwd", _args(_BWD_ARGS), ("heads",)),
+        Template("gla_bwd_exact", _args(_BWD_ARGS), ("heads",)),
+        Template(
+            "gla_bwd_dv",
+            _args(
+                "q:*io k:*io g:*gate x:*io w:*io bias:*gate do:*io dht:*fp32 dv:*io scale:fp32 "
+                "inv_normalizer:fp32 clamp_log2:fp32 T:i32 H:i32 has_dht:i32 has_bias:i32 "
+                "q_b:i32 q_t:i32 q_h:i32 k_b:i32 k_t:i32 k_h:i32 do_b:i32 do_t:i32 do_h:i32 "
+                "g_b:i32 g_t:i32 g_h:i32 x_b:i32 x_t:i32"
+            ),
+            ("heads",),
+        ),
     )
 }
 
 FORWARD = ("gla_fwd", "gla_fwd_summary", "gla_fwd_combine")
 """Templates of the forward pass."""
 
-_VECTOR_ONLY = frozenset({"g", "g_b", "g_t", "g_h"})
+BACKWARD = ("gla_bwd_states", "gla_bwd", "gla_bwd_exact", "gla_bwd_dv")
+"""Templates of the backward pass."""
+
+OP_TEMPLATES: dict[Op, tuple[str, ...]] = {Op.FORWARD: FORWARD, Op.BACKWARD: BACKWARD}
+"""Templates of each op."""
+
+
+_VECTOR_ONLY = frozenset({"g", "g_b", "g_t", "g_h", "dg"})
 _LOWRANK_ONLY = frozenset(
-    {"x", "w", "bias", "inv_normalizer", "clamp_log2", "has_bias", "x_b", "x_t"}
+    {"x", "w", "bias", "inv_normalizer", "clamp_log2", "has_bias", "x_b", "x_t", "dx", "dw", "db"}
 )
 
 
@@ -117,10 +157,24 @@ def active_args(template: str, spec: Specialisation) -> tuple[Arg, ...]:
     return tuple(a for a in TEMPLATES[template].args if a.name not in dropped)
 
 
+def state_dtype(spec: Specialisation) -> DType:
+    """Of states that one kernel keeps for another: half the traffic where inputs are bf16."""
+    return DType.BF16 if spec.dtype is DType.BF16 else DType.FP32
+
+
+POINTERS: dict[str, Callable[[Specialisation], str]] = {
+    "*io": lambda spec: spec.dtype.value,
+    "*gate": lambda spec: spec.gate_dtype.value,
+    "*state": lambda spec: state_dtype(spec).value,
+    "*fp32": lambda spec: "fp32",
+    "*i32": lambda spec: "i32",
+}
+"""Kinds of pointers, and the element type of each."""
+
+
 def pointer_type(kind: str, spec: Specialisation) -> str:
     """Triton's name of a pointer kind, such as ``*bf16``."""
-    dtype = {"*io": spec.dtype, "*gate": spec.gate_dtype, "*fp32": DType.FP32}[kind]
-    return f"*{dtype.value}"
+    return f"*{POINTERS[kind](spec)}"
 
 
 def stride_unit(dim: int) -> int:
@@ -131,18 +185,20 @@ def stride_unit(dim: int) -> int:
     return min(16, dim & -dim)
 
 
+_WITHOUT = {"gla_fwd_summary": ("INTERPRETED",), "gla_bwd": ("BX", "INTERPRETED")}
+_WITHOUT["gla_bwd_exact"] = ("INTERPRETED",)
+
+
 def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict[str, Any]:
     """Compile-time constants of the kernel, by parameter name."""
-    if template == "gla_fwd_combine":
-        assert isinstance(config, CombineKernelConfig)
+    if isinstance(config, CombineKernelConfig):
         return {"K": spec.K, "V": spec.V, "BLOCK": config.block}
-    assert isinstance(config, ChunkKernelConfig)
     lowrank = spec.gate is Gate.LOWRANK
     values: dict[str, Any] = {
         "K": spec.K,
         "V": spec.V,
         "R": spec.rank,
-        "BK": block_k(spec),
+        "BK": padded_k(spec) if isinstance(config, ChunkKernelConfig) else config.block_k,
         "BR": max(16, spec.rank),
         "UK": stride_unit(spec.K),
         "UV": stride_unit(spec.V),
@@ -150,24 +206,30 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
         "BT": config.chunk,
         "BV": config.block_v,
         "BX": EXACT_ROWS,
-        "STAGES": config.num_stages,
         "LOWRANK": lowrank,
         "BF16": spec.dtype is DType.BF16,
         "PRECISION": "tf32x3" if spec.dtype is DType.FP32 else "tf32",
-        "TMA": config.tma,
+        "INTERPRETED": False,
     }
-    if template == "gla_fwd":
-        values["INTERPRETED"] = False
+    if not isinstance(config, ExactKernelConfig):
+        values.update(STAGES=config.num_stages, TMA=config.tma)
+    if not isinstance(config, ChunkKernelConfig):
+        values["DV"] = config.dv
+    for name in _WITHOUT.get(template, ()):
+        del values[name]
     active = {a.name for a in active_args(template, spec)}
     values.update({a.name: None for a in TEMPLATES[template].args if a.name not in active})
     return values
 
 
 def tiles(template: str, spec: Specialisation, config: KernelConfig) -> int:
-    """Programs per (segment, head): the compile-time factor of the grid."""
+    """Programs per head, or per (segment, head): the compile-time factor of the grid."""
     if isinstance(config, CombineKernelConfig):
         return math.ceil(spec.K * spec.V / config.block)
-    return math.ceil(spec.V / config.block_v)
+    v_tiles = math.ceil(spec.V / config.block_v)
+    if isinstance(config, TileKernelConfig | ExactKernelConfig):
+        return math.ceil(spec.K / config.block_k) * v_tiles
+    return v_tiles
 
 
 _IMPORT = re.compile(r"^from glac\.kernel_templates\.(\w+) import", re.MULTILINE)
@@ -185,12 +247,22 @@ def template_sources(names: Iterable[str]) -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
-def templates_sha256(names: Iterable[str] = FORWARD) -> str:
-    """Hash of the sources of some templates: what a tuned row or a pack was made from.
-
-    Other templates do not enter, so a new one leaves what was measured before valid.
-    """
+def sources_sha256(names: Iterable[str]) -> str:
+    """Hash of the sources of some templates. Other templates do not enter."""
     digest = hashlib.sha256()
     for path in sorted(template_sources(names)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def templates_sha256(ops: Iterable[Op]) -> dict[Op, str]:
+    """For each op the hash of its templates: what a tuned row or a packed kernel was made from.
+
+    One hash for each, so that a change to one op leaves what was measured of the others valid.
+    """
+    return {op: sources_sha256(OP_TEMPLATES[op]) for op in ops}
+
+
+def template_op(template: str) -> Op:
+    """The op that a template belongs to."""
+    return next(op for op, names in OP_TEMPLATES.items() if template in names)

@@ -11,7 +11,7 @@ import functools
 import importlib.resources
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from typing import Any
 import yaml
 
 from glac.atomic import write_text
-from glac.configs import ForwardConfig, why_illegal
+from glac.configs import CONFIGS, Config, why_illegal
 from glac.errors import ConfigError
 from glac.gpus import ARCHS, GPUS, gpu_by_name
-from glac.kernelspec import forward_kernels
-from glac.problem import Bucket, Problem, Specialisation
+from glac.kernelspec import config_kernels
+from glac.problem import Bucket, Op, Problem, Specialisation
 
-SCHEMA = 1
+SCHEMA = 2
 _HEADER = "# Written by `glac tune`; a hand edit is checked as strictly as a new study.\n"
 _HINT = "run `glac tune` again, or correct the line"
 _HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -61,7 +61,7 @@ class TunedStats:
     """What was measured.
 
     Attributes:
-        us: median device time of the whole forward pass, microseconds.
+        us: median device time of the whole pass, microseconds.
         default_us: the same of the config used without tuning.
         noise: relative spread of repeated timings.
         error: relative rms error against fp64.
@@ -81,12 +81,16 @@ class TunedStats:
 
 @dataclass(frozen=True)
 class TunedRow:
-    """The best config found for one problem, which then serves the problem's bucket."""
+    """The best config found for one op of a problem, which then serves the problem's bucket."""
 
     problem: Problem
-    config: ForwardConfig
+    config: Config
     stats: TunedStats
     kernels: tuple[TunedKernel, ...]
+
+    @property
+    def op(self) -> Op:
+        return self.config.op
 
     @property
     def spec(self) -> Specialisation:
@@ -99,7 +103,10 @@ class TunedRow:
 
 @dataclass(frozen=True)
 class TunedEnvironment:
-    """Where a study ran, all as text. ``commit`` is empty outside a checkout."""
+    """Where a study ran, all as text. ``commit`` is empty outside a checkout.
+
+    ``templates_sha256`` has the hash of the kernel sources for each op that has rows.
+    """
 
     driver: str
     torch: str
@@ -107,7 +114,7 @@ class TunedEnvironment:
     ptxas: str
     glac: str
     commit: str
-    templates_sha256: str
+    templates_sha256: Mapping[Op, str]
     date: str
 
 
@@ -120,7 +127,7 @@ class TunedFile:
         measured_on: title of the device the study ran on, empty if never measured.
         code_path: arch of the code that was timed, empty if never measured.
         environment: toolchain, driver, commit.
-        rows: one for each specialisation and bucket.
+        rows: one for each op, specialisation and bucket.
     """
 
     gpu: str
@@ -131,15 +138,20 @@ class TunedFile:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file, rows in a stable order."""
-        rows = sorted(self.rows, key=lambda row: (row.spec, row.bucket))
+        rows = sorted(self.rows, key=lambda row: (row.op.order, row.spec, row.bucket))
+        hashes = self.environment.templates_sha256
         return {
             "schema": SCHEMA,
             "gpu": self.gpu,
             "measured_on": self.measured_on,
             "code_path": self.code_path,
-            "environment": asdict(self.environment),
+            "environment": {
+                **asdict(self.environment),
+                "templates_sha256": {op.value: sha for op, sha in hashes.items()},
+            },
             "rows": [
                 {
+                    "op": row.op.value,
                     "spec": row.spec.to_dict(),
                     "shape": {"B": row.problem.B, "T": row.problem.T, "H": row.problem.H},
                     "bucket": row.bucket.to_dict(),
@@ -325,9 +337,13 @@ def _stats(doc: _Document, value: object, path: tuple[Key, ...]) -> TunedStats:
 
 
 def _row(doc: _Document, value: object, path: tuple[Key, ...], gpu_name: str) -> TunedRow:
-    keys = ("spec", "shape", "bucket", "config", "stats", "kernels")
+    keys = ("op", "spec", "shape", "bucket", "config", "stats", "kernels")
     data = doc.mapping(value, keys, path)
     gpu = GPUS[gpu_name]
+
+    ops = [op.value for op in Op]
+    if data["op"] not in ops:
+        raise doc.fail((*path, "op"), f"wanted {' or '.join(ops)}, got {_shown(data['op'])}")
 
     def parsed(cls: Any, key: str) -> Any:
         try:
@@ -340,7 +356,7 @@ def _row(doc: _Document, value: object, path: tuple[Key, ...], gpu_name: str) ->
 
     spec: Specialisation = parsed(Specialisation, "spec")
     bucket: Bucket = parsed(Bucket, "bucket")
-    config: ForwardConfig = parsed(ForwardConfig, "config")
+    config: Config = parsed(CONFIGS[Op(data["op"])], "config")
     shape = doc.mapping(data["shape"], ("B", "T", "H"), (*path, "shape"))
     problem = Problem(
         spec, **{key: doc.integer(shape[key], (*path, "shape", key), low=1) for key in shape}
@@ -358,7 +374,7 @@ def _row(doc: _Document, value: object, path: tuple[Key, ...], gpu_name: str) ->
     kernels = tuple(
         _kernel(doc, item, (*path, "kernels", index)) for index, item in enumerate(listed)
     )
-    wanted = [kernel.name for kernel in forward_kernels(spec, config, gpu.arch)]
+    wanted = [kernel.name for kernel in config_kernels(spec, config, gpu.arch)]
     got = [kernel.name for kernel in kernels]
     if got != wanted:
         raise doc.fail(
@@ -366,6 +382,23 @@ def _row(doc: _Document, value: object, path: tuple[Key, ...], gpu_name: str) ->
             f"spec and config ask for {', '.join(wanted)}; got {', '.join(got) or 'none'}",
         )
     return TunedRow(problem, config, _stats(doc, data["stats"], (*path, "stats")), kernels)
+
+
+def _environment(doc: _Document, value: object, ops: Collection[Op]) -> TunedEnvironment:
+    names = _names(TunedEnvironment)
+    data = doc.mapping(value, names, ("environment",))
+    path: tuple[Key, ...] = ("environment", "templates_sha256")
+    with_rows = sorted(ops, key=lambda op: op.order)
+    hashes = doc.mapping(data["templates_sha256"], tuple(op.value for op in with_rows), path)
+    texts = {
+        name: doc.text(data[name], ("environment", name))
+        for name in names
+        if name != "templates_sha256"
+    }
+    return TunedEnvironment(
+        **texts,
+        templates_sha256={op: doc.text(hashes[op], (*path, op.value)) for op in with_rows},
+    )
 
 
 def parse_tuned(text: str, where: str) -> TunedFile:
@@ -387,9 +420,15 @@ def parse_tuned(text: str, where: str) -> TunedFile:
             f"version {_shown(schema)} is newer than this glac reads ({SCHEMA})",
             hint="upgrade glac",
         )
+    if type(schema) is int and schema < SCHEMA:
+        raise doc.fail(
+            ("schema",),
+            f"version {_shown(schema)} is older than this glac reads ({SCHEMA})",
+            hint="move the file away and run `glac tune` again",
+        )
     keys = ("schema", *_names(TunedFile))
     data = doc.mapping(doc.data, keys, ())
-    if type(schema) is not int or schema != SCHEMA:
+    if type(schema) is not int:
         raise doc.fail(("schema",), f"wanted {SCHEMA}, got {_shown(schema)}")
     gpu = doc.text(data["gpu"], ("gpu",))
     if gpu not in GPUS:
@@ -399,26 +438,22 @@ def parse_tuned(text: str, where: str) -> TunedFile:
     code_path = doc.text(data["code_path"], ("code_path",))
     if code_path and code_path not in ARCHS:
         raise doc.fail(("code_path",), f"wanted one of {', '.join(ARCHS)}, got {code_path!r}")
-    names = _names(TunedEnvironment)
-    environment = doc.mapping(data["environment"], names, ("environment",))
     rows: list[TunedRow] = []
-    first: dict[tuple[Specialisation, Bucket], int] = {}
+    first: dict[tuple[Op, Specialisation, Bucket], int] = {}
     for index, item in enumerate(doc.items(data["rows"], ("rows",))):
         row = _row(doc, item, ("rows", index), gpu)
-        other = first.setdefault((row.spec, row.bucket), index)
+        other = first.setdefault((row.op, row.spec, row.bucket), index)
         if other != index:
             raise doc.fail(
                 ("rows", index),
-                f"same spec and bucket as rows[{other}] on line {doc.lines['rows', other]}",
+                f"same op, spec and bucket as rows[{other}] on line {doc.lines['rows', other]}",
             )
         rows.append(row)
     return TunedFile(
         gpu=gpu,
         measured_on=doc.text(data["measured_on"], ("measured_on",)),
         code_path=code_path,
-        environment=TunedEnvironment(
-            **{key: doc.text(environment[key], ("environment", key)) for key in names}
-        ),
+        environment=_environment(doc, data["environment"], {row.op for row in rows}),
         rows=tuple(rows),
     )
 

@@ -74,9 +74,9 @@ def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # torch.compile cannot trace math.isfinite
         raise InputError(f"{name} must be finite, got {number}")
-    if positive and not (number > 0 and math.isfinite(1 / number)):
+    if positive and not (number > 0 and 1 / number < math.inf):
         raise InputError(f"{name} must be greater than 0 (and 1/{name} finite), got {number}")
     return number
 

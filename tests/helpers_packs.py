@@ -6,11 +6,17 @@ import hashlib
 from pathlib import Path
 
 from glac.compile import CompiledKernel, Toolchain
-from glac.configs import ChunkKernelConfig, ForwardConfig
+from glac.configs import (
+    BackwardConfig,
+    ChunkKernelConfig,
+    Config,
+    ForwardConfig,
+    TileKernelConfig,
+)
 from glac.gpus import GPUS
-from glac.kernelspec import KernelSpec, forward_kernels
+from glac.kernelspec import KernelSpec, config_kernels
 from glac.pack import Pack, PackRow, write_pack
-from glac.problem import Bucket, DType, Gate, Problem, Specialisation
+from glac.problem import Bucket, DType, Gate, Op, Problem, Specialisation
 from glac.templates import templates_sha256
 from glac.tuned import TunedEnvironment, TunedFile, TunedKernel, TunedRow, TunedStats
 
@@ -19,6 +25,7 @@ LOWRANK = Specialisation(16, 16, DType.BF16, Gate.LOWRANK, DType.BF16, 16)
 CHUNK = ChunkKernelConfig(chunk=16, block_v=16, num_warps=2, num_stages=1)
 WHOLE = ForwardConfig(CHUNK)
 SPLIT = ForwardConfig(CHUNK, 64, CHUNK)
+BACKWARD = BackwardConfig(CHUNK, TileKernelConfig(16, 16, 16, 2, 1, dv=True))
 FAKE_TOOLS = Toolchain("3.7.1", "12.9.86", Path("ptxas"))
 
 
@@ -39,7 +46,7 @@ def fake_pack(path: Path, reverse: bool = False) -> Pack:
         PackRow.make("h200", "heuristic", "", LOWRANK, Bucket(5, 9), WHOLE),
     ]
     kernels = list(
-        dict.fromkeys(k for r in rows for k in forward_kernels(r.spec, r.config, "sm_90a"))
+        dict.fromkeys(k for r in rows for k in config_kernels(r.spec, r.config, "sm_90a"))
     )
     if reverse:
         rows.reverse()
@@ -47,9 +54,9 @@ def fake_pack(path: Path, reverse: bool = False) -> Pack:
     return write_pack(path, "sm_90a", map(fake_compiled, kernels), rows, FAKE_TOOLS)
 
 
-def tuned_row(problem: Problem, config: ForwardConfig, gpu: str = "h100") -> TunedRow:
+def tuned_row(problem: Problem, config: Config, gpu: str = "h100") -> TunedRow:
     """A row that certifies the fake binaries."""
-    built = map(fake_compiled, forward_kernels(problem.spec, config, GPUS[gpu].arch))
+    built = map(fake_compiled, config_kernels(problem.spec, config, GPUS[gpu].arch))
     kernels = tuple(
         TunedKernel(b.kernel.name, b.registers, b.spill_bytes, b.shared, b.sha256) for b in built
     )
@@ -70,7 +77,7 @@ def tuned_file(gpu: str = "h100") -> TunedFile:
             ptxas=FAKE_TOOLS.ptxas,
             glac="0.1.0",
             commit="",
-            templates_sha256=templates_sha256(),
+            templates_sha256=templates_sha256([Op.FORWARD]),
             date="2026-01-02",
         ),
         rows=(

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from glac.attention import _contiguous, _laid_out, chunk_gla, chunk_gla_lowrank
+from glac.attention import chunk_gla, chunk_gla_lowrank
+from glac.engine import contiguous, laid_out
 from glac.reference import lowrank_gate, recurrent_gla, relative_rms, yardstick_chunk_gla
 from glac.testing import Inputs, hard_gates, make_inputs
 from glac.validate import MAX_TOKEN_STRIDE
@@ -249,13 +250,13 @@ UNUSABLE = {
 @pytest.mark.parametrize("name", USABLE)
 def test_usable_layouts_are_not_copied(name: str) -> None:
     tensor, unit = USABLE[name]
-    assert _laid_out(tensor, unit) is tensor
+    assert laid_out(tensor, unit) is tensor
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_unusable_layouts_are_copied(name: str) -> None:
     tensor, unit = UNUSABLE[name]
-    assert same_values_elsewhere(_laid_out(tensor, unit), tensor)
+    assert same_values_elsewhere(laid_out(tensor, unit), tensor)
 
 
 def test_a_token_stride_out_of_range_is_copied() -> None:
@@ -264,15 +265,15 @@ def test_a_token_stride_out_of_range_is_copied() -> None:
     near = flat.as_strided((1, 2, 1, 16), (16, MAX_TOKEN_STRIDE - 16, 16, 1))
     far = flat.as_strided((1, 2, 1, 16), (16, MAX_TOKEN_STRIDE, 16, 1))
     far.zero_()
-    assert _laid_out(near, 16) is near
-    assert same_values_elsewhere(_laid_out(far, 16), far)
+    assert laid_out(near, 16) is near
+    assert same_values_elsewhere(laid_out(far, 16), far)
 
 
 def test_whole_tensors() -> None:
     tensor = torch.rand(2, 3, 16, 8)
-    assert _contiguous(None) is None
-    assert _contiguous(tensor) is tensor
+    assert contiguous(None) is None
+    assert contiguous(tensor) is tensor
     for other in (tensor.mT, tensor[..., ::2], offset_by(1, 2, 3, 16, 8)):
-        copy = _contiguous(other)
+        copy = contiguous(other)
         assert copy is not None
         assert same_values_elsewhere(copy, other)

@@ -8,21 +8,25 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from glac import bench
+from glac.cli import cli
 from glac.errors import ConfigError, MissingEnvironmentError
+from glac.problem import Op
 from glac.reference import chunk_gla, lowrank_gate
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 PROMISED_COLUMNS = (
-    "op B T H K V dtype gate gate_rank gate_dtype impl us eager_us floor_us error "
-    "config_id cubin_sha date"
+    "op B T H K V dtype gate gate_rank gate_dtype impl us eager_us floor_us error errors "
+    "scratch_mb saved_mb config_id cubin_sha backward_config_id backward_cubin_sha date"
 )
 SMALL = (2, 12, 2, 16, 32)
 
@@ -81,10 +85,12 @@ def harness(clock: bench.Clock | None = None, **options: Any) -> bench.Harness:
 
 
 def remembered(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn``, computed once per q: timing loops call it dozens of times."""
+    """``fn``, without autograd computed once per q: timing loops call it dozens of times."""
     last: dict[str, Any] = {"q": None}
 
     def call(q: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if q.requires_grad:
+            return fn(q, *args, **options)
         if last["q"] is not q:
             last.update(q=q, result=fn(q, *args, **options))
         return last["result"]
@@ -105,8 +111,11 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     fla: Any = ModuleType("fla.ops.gla")
     fla.chunk_gla = remembered(chunk_gla)
     dispatch: Any = ModuleType("glac.dispatch")
-    dispatch.explain = lambda problem, device: SimpleNamespace(
-        provider="pack", config_id="c32_bv32_w4_s3", cubin_sha="0123abcd", reason="exact bucket"
+    dispatch.explain = lambda problem, device, op: SimpleNamespace(
+        provider="pack",
+        config_id=f"c32_{op.value}",
+        cubin_sha="0123abcd" if op is Op.FORWARD else "4567cdef",
+        reason="exact bucket",
     )
     ours: Any = ModuleType("glac.attention")
     ours.chunk_gla, ours.chunk_gla_lowrank = remembered(chunk_gla), remembered(lowrank_gla)
@@ -118,11 +127,17 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(glac=ours, dispatch=dispatch, fla=fla)
 
 
-def run(tmp_path: Path, impls: tuple[str, ...], gates: tuple[str, ...], **options: Any) -> Any:
+def run(
+    tmp_path: Path,
+    impls: tuple[str, ...],
+    gates: tuple[str, ...],
+    ops: tuple[str, ...] = ("forward",),
+    **options: Any,
+) -> Any:
     out = tmp_path / "gpu.json"
-    document: dict[str, Any] = {"schema": 1, "env": {}, "command": "glac bench", "rows": []}
+    document: dict[str, Any] = {"schema": 2, "env": {}, "command": "glac bench", "rows": []}
     problems = bench.bench_problems([SMALL], gates)
-    bench.run_problems(problems, impls, harness(**options), document, out)
+    bench.run_problems(problems, ops, impls, harness(**options), document, out)
     assert json.loads(out.read_text()) == document
     return document
 
@@ -150,7 +165,8 @@ def test_parse_shape_refuses(text: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"op": "bwd"},
+        {"ops": ("backward",)},
+        {"ops": ()},
         {"impls": ("glac", "nope")},
         {"impls": ()},
         {"gates": ("head",)},
@@ -162,6 +178,28 @@ def test_parse_shape_refuses(text: str) -> None:
 def test_run_bench_refuses_before_it_needs_a_gpu(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         bench.run_bench(out=tmp_path / "x.json", **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "ops"),
+    [
+        ([], ("forward", "training")),
+        (["--op", "both"], ("forward", "training")),
+        (["--op", "training"], ("training",)),
+    ],
+)
+def test_the_command_times_the_ops_asked_for(
+    words: list[str], ops: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def run_bench(*args: object, **options: object) -> dict[str, Any]:
+        given.update(options)
+        return {"rows": []}
+
+    monkeypatch.setattr(bench, "run_bench", run_bench)
+    assert CliRunner().invoke(cli, ["bench", *words]).exit_code == 0
+    assert given["ops"] == ops
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -216,10 +254,10 @@ def test_repetitions_follow_the_budget(budget_ms: float, expected: int) -> None:
 def test_device_time_prefers_the_graph() -> None:
     clock, log = FakeClock(), []
 
-    def fn() -> torch.Tensor:
+    def fn() -> dict[str, torch.Tensor]:
         log.append("eager")
         clock.spend(50.0)
-        return torch.zeros(1)
+        return {}
 
     measured = harness(clock, record=lambda fn: lambda: clock.spend(7.0)).device_us(fn)
     assert measured == (7.0, "")
@@ -229,16 +267,46 @@ def test_device_time_prefers_the_graph() -> None:
 def test_device_time_without_a_graph_says_so() -> None:
     clock = FakeClock()
 
-    def fn() -> torch.Tensor:
+    def fn() -> dict[str, torch.Tensor]:
         clock.spend(50.0)
-        return torch.zeros(1)
+        return {}
 
-    def refuse(fn: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        raise RuntimeError("a replay leaves its output unwritten")
+    def refuse(fn: bench.Step) -> Callable[[], None]:
+        raise RuntimeError("a replay leaves o unwritten")
 
     us, note = harness(clock, record=refuse).device_us(fn)
     assert us == 50.0
     assert "no CUDA graph: RuntimeError: a replay" in note
+
+
+@pytest.mark.parametrize("unwritten", [None, "o", "dq"])
+def test_a_graph_must_write_every_result(
+    unwritten: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = {"o": torch.zeros(3), "dq": torch.zeros(2)}
+
+    class Graph:
+        def replay(self) -> None:
+            for name, result in results.items():
+                if name != unwritten:
+                    result.fill_(1.0)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = SimpleNamespace(
+        Stream=lambda: stream,
+        current_stream=lambda: stream,
+        stream=lambda stream: nullcontext(),
+        synchronize=lambda: None,
+        CUDAGraph=Graph,
+        graph=lambda graph, capture_error_mode: nullcontext(),
+    )
+    monkeypatch.setattr(torch, "cuda", cuda)
+    if unwritten is None:
+        bench.record_graph(lambda: results)()
+        assert all(bool((result == 1.0).all()) for result in results.values())
+    else:
+        with pytest.raises(RuntimeError, match=f"leaves {unwritten} unwritten"):
+            bench.record_graph(lambda: results)
 
 
 # ---- rows ----
@@ -257,34 +325,125 @@ def test_rows(tmp_path: Path) -> None:
     ]
     for row in rows:
         assert list(row) == list(bench.COLUMNS)
+        assert row["op"] == "forward"
         assert tuple(row[c] for c in "BTHKV") == SMALL
-        assert row["floor_us"] == pytest.approx(
-            bench.bench_problems([SMALL], [row["gate"]])[0].forward_bytes / 4e12 * 1e6
-        )
+        problem = bench.bench_problems([SMALL], [row["gate"]])[0]
+        assert row["floor_us"] == pytest.approx(problem.bytes(Op.FORWARD) / 4e12 * 1e6)
         assert 0 < row["error"] < 2e-2
+        assert row["errors"] == {"o": row["error"]}
         assert (row["us"] is None) == (row["impl"] == "yardstick")
     ours = rows[1]
-    assert (ours["config_id"], ours["cubin_sha"]) == ("c32_bv32_w4_s3", "0123abcd")
+    assert (ours["config_id"], ours["cubin_sha"]) == ("c32_forward", "0123abcd")
+    assert (ours["backward_config_id"], ours["backward_cubin_sha"]) == (None, None)
     assert "first call" in rows[2]["note"]
     assert "separate gate" in rows[5]["note"]
     assert (rows[5]["gate_rank"], rows[5]["gate_dtype"]) == (16, "bf16")
 
 
+@pytest.mark.usefixtures("fakes")
+def test_training_rows(tmp_path: Path) -> None:
+    gates = {"vector": ["dg"], "lowrank": ["dx", "dweight", "dbias"]}
+    rows = run(tmp_path, ("glac", "fla"), tuple(gates), ("forward", "training"))["rows"]
+    assert [(r["gate"], r["op"], r["impl"]) for r in rows] == [
+        (gate, op, impl)
+        for gate in gates
+        for op in ("forward", "training")
+        for impl in ("yardstick", "glac", "fla")
+    ]
+    for row in rows:
+        if row["op"] == "forward":
+            continue
+        problem = bench.bench_problems([SMALL], [row["gate"]])[0]
+        moved = problem.bytes(Op.FORWARD) + problem.bytes(Op.BACKWARD)
+        assert row["floor_us"] == pytest.approx(moved / 4e12 * 1e6)
+        assert list(row["errors"]) == ["dq", "dk", "dv", *gates[row["gate"]]]
+        assert row["error"] == max(row["errors"].values())
+        assert 0 < row["error"] < 3e-2
+        assert (row["us"] is None) == (row["impl"] == "yardstick")
+    ours = rows[4]
+    assert (ours["config_id"], ours["cubin_sha"]) == ("c32_forward", "0123abcd")
+    assert ours["backward_config_id"] == "c32_backward"
+    assert ours["backward_cubin_sha"] == "4567cdef"
+
+
+def test_training_without_a_gradient_is_a_note(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    fakes.fla.chunk_gla = lambda q, k, v, g: (chunk_gla(q, k, v, g.detach())[0], None)
+    row = run(tmp_path, ("fla",), ("vector",), ("training",))["rows"][0]
+    assert row["us"] is None
+    assert "RuntimeError" in row["note"]
+
+
+def test_the_worst_gradient_is_the_error(fakes: SimpleNamespace, tmp_path: Path) -> None:
+    def wrong(q: Any, k: Any, v: Any, g: Any) -> Any:
+        return chunk_gla(q, k, 2 * v - v.detach(), g)
+
+    fakes.fla.chunk_gla = wrong
+    row = run(tmp_path, ("fla",), ("vector",), ("training",))["rows"][0]
+    assert row["error"] == row["errors"]["dv"] == pytest.approx(1.0, rel=0.1)
+    assert row["errors"]["dq"] < 3e-2
+
+
+def test_gradients_are_those_of_autograd_in_fp64() -> None:
+    problem = bench.bench_problems([SMALL], ["lowrank"], dtype="fp32")[0]
+    work = bench.Work(problem, torch.device("cpu"))
+    leaves = [t.double().requires_grad_() for t in work.tensors.values()]
+    q, k, v, *gate = leaves
+    o = chunk_gla(q, k, v, lowrank_gate(*gate, num_heads=SMALL[2]))[0]
+    expected = torch.autograd.grad(o, leaves, work.do_first.double())
+    assert bool((work.do[1] != 0).any())
+    results = dict(zip(work.truth("training"), expected, strict=True))
+    assert max(work.errors("training", results).values()) < 1e-10
+
+
+class ScriptedMemory:
+    """Bytes before the call and between the passes, and the peak of the call."""
+
+    def __init__(self, allocated: list[int], peak: int) -> None:
+        self.values, self.highest, self.resets = iter(allocated), peak, 0
+
+    def allocated(self) -> int:
+        return next(self.values)
+
+    def reset_peak(self) -> None:
+        self.resets += 1
+
+    def peak(self) -> int:
+        assert self.resets == 1
+        return self.highest
+
+
+def test_memory_beyond_inputs_and_results() -> None:
+    work = bench.Work(bench.bench_problems([SMALL])[0], torch.device("cpu"))
+    call = bench.Call(lambda q, k, v, g: chunk_gla(q, k, v, g)[0], work.tensors, work.do)
+    B, T, H, K, V = SMALL
+    o, gradients = 2 * B * T * H * V, 2 * B * T * H * (3 * K + V)
+    before = 1_000_000
+    memory = ScriptedMemory([before, before + o + 300], before + o + gradients + 5000)
+    values = bench.measure_memory(call, "training", memory)
+    assert values == {"scratch_mb": 5000 / 1e6, "saved_mb": 300 / 1e6}
+    with torch.no_grad():
+        memory = ScriptedMemory([before, before + o], before + o + 700)
+        assert bench.measure_memory(call, "forward", memory) == {"scratch_mb": 700 / 1e6}
+
+
 def test_attention_at_equal_width(tmp_path: Path) -> None:
-    rows = run(tmp_path, ("fa2",), ("vector",))["rows"]
-    assert len(rows) == 1
-    assert "2 heads of 32" in rows[0]["note"]
+    rows = run(tmp_path, ("fa2",), ("vector",), ("forward", "training"))["rows"]
+    assert [row["op"] for row in rows] == ["forward", "training"]
+    for row in rows:
+        assert "2 heads of 32" in row["note"]
+        assert row["us"] is not None
+        assert (row["error"], row["errors"]) == (None, {})
     wide = bench.bench_problems([(1, 8, 4, 16, 256)])[0]
     shapes = {tuple(t.shape) for t in bench.Work(wide, torch.device("cpu")).attention}
     assert shapes == {(1, 8, 8, 128)}
 
 
 def test_other_providers_are_named(fakes: SimpleNamespace, tmp_path: Path) -> None:
-    fakes.dispatch.explain = lambda problem, device: SimpleNamespace(
+    fakes.dispatch.explain = lambda problem, device, op: SimpleNamespace(
         provider="torch", reason="no pack", config_id="torch-chunk", cubin_sha=""
     )
     row = run(tmp_path, ("glac",), ("vector",))["rows"][1]
-    assert "served by torch (no pack)" in row["note"]
+    assert "forward served by torch (no pack)" in row["note"]
     assert row["cubin_sha"] is None
 
 
@@ -333,8 +492,8 @@ def test_a_dead_gpu_is_named_once_and_not_used_again(
 def test_a_nan_output_is_a_note(fakes: SimpleNamespace, tmp_path: Path) -> None:
     fakes.fla.chunk_gla = lambda q, k, v, g: (torch.full_like(v, math.nan), None)
     row = run(tmp_path, ("fla",), ("vector",))["rows"][0]
-    assert row["error"] is None
-    assert "error is nan" in row["note"]
+    assert (row["error"], row["errors"]) == (None, {"o": None})
+    assert "error of o is nan" in row["note"]
 
 
 @pytest.mark.usefixtures("fakes")
@@ -386,7 +545,7 @@ def test_autotune_patch_is_undone() -> None:
 
 def row(impl: str, us: float | None, **changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
-        **{"op": "fwd", "B": 8, "T": 2048, "H": 16, "K": 64, "V": 64, "dtype": "bf16"},
+        **{"op": "forward", "B": 8, "T": 2048, "H": 16, "K": 64, "V": 64, "dtype": "bf16"},
         **{"gate": "vector", "gate_rank": 0, "gate_dtype": "bf16", "impl": impl, "us": us},
         **{"eager_us": us, "floor_us": 50.0, "error": None, "config_id": None},
         **{"cubin_sha": None, "date": "2026-01-02T03:04:05+00:00", "note": ""},
@@ -401,57 +560,84 @@ ROWS = [
     row("cudnn", None, note="RuntimeError: no kernel " + "x" * 80),
     row("glac", 80.0, gate="lowrank", gate_rank=16, floor_us=40.0),
 ]
+TRAINING = [
+    row("glac", 300.0, op="training", floor_us=150.0),
+    row("fla", 900.0, op="training", floor_us=150.0),
+]
 
 
 def test_format_table() -> None:
-    lines = bench.format_table(ROWS).splitlines()
-    assert " ".join(lines[0].split()) == "shape gate impl us x floor vs glac error note"
-    assert " ".join(lines[3].split()) == "8,2048,16,64,64 vector glac 100.0 2.00 1.00x 2.1e-03"
-    assert " ".join(lines[4].split()) == "8,2048,16,64,64 vector fla 400.0 8.00 4.00x 3.0e-03"
-    assert lines[5].split()[3:7] == ["-"] * 4
+    lines = bench.format_table([*ROWS, *TRAINING]).splitlines()
+    header = "op shape gate impl us x floor speed-up error note"
+    assert " ".join(lines[0].split()) == header
+    first = "forward 8,2048,16,64,64 vector"
+    assert " ".join(lines[2].split()) == f"{first} yardstick - - - 2.0e-03"
+    assert " ".join(lines[3].split()) == f"{first} glac 100.0 2.00 1.00x 2.1e-03"
+    assert " ".join(lines[4].split()) == f"{first} fla 400.0 8.00 4.00x 3.0e-03"
+    assert lines[5].split()[4:8] == ["-"] * 4
     assert lines[5].endswith("...")
-    assert lines[6].split()[1:6] == ["lowrank16", "glac", "80.0", "2.00", "1.00x"]
+    assert lines[6].split()[2:7] == ["lowrank16", "glac", "80.0", "2.00", "1.00x"]
+    assert lines[8].split()[0] == "training"
+    assert lines[8].split()[3:7] == ["fla", "900.0", "6.00", "3.00x"]
 
 
 def test_format_table_of_nothing() -> None:
-    assert bench.format_table([]).startswith("shape")
+    assert bench.format_table([]).startswith("op  shape")
 
 
 def document(rows: list[dict[str, Any]]) -> dict[str, Any]:
     env = {"gpu": "NVIDIA H200", "copy_bandwidth": 4.2e12, "torch": "2.11.0", "glac": "0.1.0"}
-    return {"schema": 1, "env": env, "command": "glac bench", "rows": rows}
+    return {"schema": bench.SCHEMA, "env": env, "command": "glac bench", "rows": rows}
 
 
 def test_plot_data_over_floor() -> None:
     data = script("plot").plot_data(document(ROWS))
-    assert len(data.groups) == 2
-    assert "low-rank gate, R = 16" in data.groups[1]
-    assert [(s.label, s.values) for s in data.series] == [
+    (panel,) = data.panels
+    assert panel.title == "forward"
+    assert len(panel.groups) == 2
+    assert "low-rank gate, R = 16" in panel.groups[1]
+    assert [(s.label, s.values) for s in panel.series] == [
         ("glac", (2.0, 2.0)),
         ("flash-linear-attention", (8.0, None)),
     ]
-    assert data.floors == (1.0, 1.0)
-    for part in ("NVIDIA H200", "bf16", "2026-01-02", "forward"):
+    assert panel.floors == (1.0, 1.0)
+    for part in ("NVIDIA H200", "bf16", "2026-01-02"):
         assert part in data.title
 
 
 def test_plot_data_in_us() -> None:
-    data = script("plot").plot_data(document(ROWS), "us")
-    assert data.series[0].values == (100.0, 80.0)
-    assert data.floors == (50.0, 40.0)
+    (panel,) = script("plot").plot_data(document(ROWS), "us").panels
+    assert panel.series[0].values == (100.0, 80.0)
+    assert panel.floors == (50.0, 40.0)
+
+
+def test_plot_data_of_both_ops() -> None:
+    plot = script("plot")
+    assert tuple(plot.OPS) == bench.OPS
+    both = document([*ROWS, *TRAINING[:1]])
+    forward, training = plot.plot_data(both).panels
+    assert [s.label for s in training.series] == [s.label for s in forward.series]
+    assert [s.values for s in training.series] == [(2.0,), (None,)]
+    assert plot.plot_data(both, ops=("training",)).panels[0].groups == training.groups
 
 
 def test_plot_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     source = tmp_path / "h200.json"
-    source.write_text(json.dumps(document(ROWS)))
+    source.write_text(json.dumps(document([*ROWS, *TRAINING])))
     assert script("plot").main([str(source)]) == 0
     picture = tmp_path / "h200.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.strip() == str(picture)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1}'])
+def test_saved_results_can_be_drawn() -> None:
+    saved = json.loads((BENCHMARKS / "results" / "h200.json").read_text())
+    assert {tuple(row) for row in saved["rows"]} == {bench.COLUMNS}
+    assert len(script("plot").plot_data(saved).panels[0].groups) == 7
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', '{"schema": 2}'])
 def test_plot_refuses(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "bad.json"
     source.write_text(text)
@@ -499,6 +685,43 @@ def test_warm_processes_share_the_candidates(tmp_path: Path) -> None:
     assert "out of shared memory" in first.errors[0]
     first.run(tuner, 1, grid=(1,), warmup=False)  # the next call may have other dtypes
     assert len(tuner.seen) == 10
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_warm_walks_both_passes(
+    backward: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
+    monkeypatch.setattr(autotuner, "run", autotuner.run)  # both are put back afterwards
+    monkeypatch.setenv("FLA_CACHE_RESULTS", "1")
+    forward, gradient = FakeTuner(2), FakeTuner(3)
+
+    class Rival(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any, g: Any) -> Any:
+            autotuner.run(forward, q, grid=(1,), warmup=False)
+            return torch.empty_like(v)
+
+        @staticmethod
+        def backward(ctx: Any, do: Any) -> Any:
+            autotuner.run(gradient, do, grid=(1,), warmup=False)
+            return tuple(torch.empty(1, 256, 2, D) for D in (16, 16, 32, 16))
+
+    fla: Any = ModuleType("fla.ops.gla")
+    fla.chunk_gla = lambda *tensors: (Rival.apply(*tensors), None)  # type: ignore[no-untyped-call]
+    monkeypatch.setitem(sys.modules, "fla.ops.gla", fla)
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    done = script("fla_warm").compile_shard(
+        [(1, 2048, 2, 16, 32)],
+        tmp_path,
+        dtype="bfloat16",
+        gate_dtype="float32",
+        backward=backward,
+        device="cpu",
+    )
+    assert (forward.seen, gradient.seen) == ([0, 1], [0, 1, 2] if backward else [])
+    assert done.errors == []
 
 
 def test_warm_without_a_gpu(

@@ -6,25 +6,36 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from glac import build
 from glac.build import build_packs, build_single
 from glac.compile import CompiledKernel
-from glac.configs import ChunkKernelConfig, ForwardConfig, default_forward, is_legal
+from glac.configs import (
+    ChunkKernelConfig,
+    Config,
+    ForwardConfig,
+    default_backward,
+    default_config,
+    is_legal,
+)
 from glac.errors import CompileError, ConfigError, GlacError, MissingEnvironmentError, PackError
 from glac.gpus import GPUS
 from glac.kernelspec import KernelSpec
 from glac.pack import read_pack
-from glac.problem import Problem
+from glac.problem import Op, Problem
+from glac.templates import templates_sha256
 from glac.tuned import TunedFile, dump_tuned
 from tests.helpers_packs import (
+    BACKWARD,
     FAKE_TOOLS,
     VECTOR,
     WHOLE,
     fake_compiled,
     tuned_file,
+    tuned_row,
 )
 
 TINY = Problem(VECTOR, 2, 512, 16)
@@ -78,7 +89,10 @@ def _files(path: Path) -> dict[str, bytes]:
     }
 
 
-def test_tuned_rows(fake: FakeToolchain, configs: Path, tmp_path: Path) -> None:
+def test_tuned_rows(
+    fake: FakeToolchain, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "STANDARD_PROBLEMS", ())  # no rows of ops that were not tuned
     seen: list[tuple[int, int, str]] = []
     (result,) = build_packs(
         ["h100"], tmp_path / "out", progress=lambda *args: seen.append(args), configs_dir=configs
@@ -97,11 +111,16 @@ def test_tuned_rows(fake: FakeToolchain, configs: Path, tmp_path: Path) -> None:
     assert facts[0].size == len(facts[0].name)
 
 
-def test_one_pack_for_each_arch(fake: FakeToolchain, configs: Path, tmp_path: Path) -> None:
-    # Relatives share code: h200 adds rows but no kernels.
+def test_one_pack_for_each_arch(
+    fake: FakeToolchain, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standard = {(problem.spec, problem.bucket) for problem in build.STANDARD_PROBLEMS}
     results = build_packs(["h200", "h100", "a100", "H100"], tmp_path, configs_dir=configs)
     assert [result.pack.arch for result in results] == ["sm_80", "sm_90a"]
-    hopper = results[1].pack
+    # Relatives share code: h200 adds rows but no kernels.
+    monkeypatch.setattr(build, "STANDARD_PROBLEMS", ())
+    (result,) = build_packs(["h200", "h100"], tmp_path / "tuned", configs_dir=configs)
+    hopper = result.pack
     assert {(row.gpu, row.source) for row in hopper.rows} == {
         ("h100", "tuned"),
         ("h200", "heuristic"),
@@ -112,15 +131,43 @@ def test_one_pack_for_each_arch(fake: FakeToolchain, configs: Path, tmp_path: Pa
     assert {(row.gpu, row.source, row.measured_on) for row in ampere.rows} == {
         ("a100", "heuristic", "")
     }
-    assert {(row.spec, row.bucket) for row in ampere.rows} == {
-        (problem.spec, problem.bucket) for problem in build.STANDARD_PROBLEMS
-    }
+    assert {(row.spec, row.bucket) for row in ampere.rows} == standard
 
 
-def test_standard_configs_are_legal_everywhere() -> None:
+@pytest.mark.parametrize("op", list(Op))
+def test_standard_configs_are_legal_everywhere(op: Op) -> None:
     for gpu in GPUS.values():
         for problem in build.STANDARD_PROBLEMS:
-            assert is_legal(problem.spec, default_forward(problem.spec, gpu, problem.bucket), gpu)
+            config = default_config(op, problem.spec, gpu, problem.bucket)
+            assert is_legal(problem.spec, config, gpu)
+
+
+def test_each_op_has_rows_of_its_own(fake: FakeToolchain, tmp_path: Path) -> None:
+    # h100 has forward rows, its relative h200 has both, of a further problem.
+    other = Problem(VECTOR, 1, 512, 1)
+    hashes = templates_sha256(Op)
+    made: dict[str, tuple[Problem, list[Config]]] = {
+        "h100": (TINY, [WHOLE]),
+        "h200": (other, [WHOLE, BACKWARD]),
+    }
+    for name, (problem, tuned) in made.items():
+        file = tuned_file(name)
+        rows = tuple(tuned_row(problem, config, name) for config in tuned)
+        kept = {op: hashes[op] for op in {row.op for row in rows}}
+        environment = replace(file.environment, templates_sha256=kept)
+        dump_tuned(replace(file, environment=environment, rows=rows), tmp_path / f"{name}.yaml")
+    (result,) = build_packs(["h100"], tmp_path / "out", configs_dir=tmp_path)
+    assert [(row.op, row.source, row.bucket) for row in result.pack.rows] == [
+        (Op.FORWARD, "tuned", TINY.bucket),
+        (Op.BACKWARD, "heuristic", other.bucket),
+    ]
+    (result,) = build_packs(["a100"], tmp_path / "out", configs_dir=tmp_path)
+    standard = [(op, p.bucket) for op in Op for p in build.STANDARD_PROBLEMS]
+    assert sorted((row.op, row.bucket) for row in result.pack.rows) == sorted(standard)
+    # Another binary of one op only concerns that op.
+    fake.compile = lambda k: (_other_binary if k.template == "gla_bwd" else fake_compiled)(k)
+    with pytest.raises(CompileError, match=r"h200\.yaml: gla_bwd_k16"):
+        build_packs(["h100"], tmp_path / "out", configs_dir=tmp_path)
 
 
 def test_bad_requests(fake: FakeToolchain, tmp_path: Path) -> None:
@@ -163,11 +210,12 @@ def test_other_binary_from_other_tools_is_a_warning(
 ) -> None:
     fake.compile = _other_binary
     file: TunedFile = tuned_file()
-    environment = replace(file.environment, **{what: "1.2.3"})
+    old: Any = {Op.FORWARD: "1.2.3"} if what == "templates_sha256" else "1.2.3"
+    environment = replace(file.environment, **{what: old})
     dump_tuned(replace(file, environment=environment), configs / "h100.yaml")
     (result,) = build_packs(["h100"], tmp_path / "out", configs_dir=configs)
     (warning,) = result.warnings
-    assert warning.startswith("not the certified binary: 4 kernels of h100.yaml differ")
+    assert warning.startswith("not the certified binary: 4 forward kernels of h100.yaml differ")
     assert f"{what.split('_')[0]} 1.2.3 then" in warning
 
 
@@ -190,14 +238,43 @@ def test_heuristics_step_down(
     (tmp_path / "none").mkdir()
     fake.compile = _fails(lambda config: config.num_stages > 1 or config.chunk > 16)
     (result,) = build_packs(["h100"], tmp_path / "out", configs_dir=tmp_path / "none")
-    (row,) = result.pack.rows
+    row = next(row for row in result.pack.rows if row.op is Op.FORWARD)
     config = row.config
+    assert isinstance(config, ForwardConfig)
     assert (config.fwd.chunk, config.fwd.num_stages) == (16, 1)
     assert config.summary == config.fwd
     assert is_legal(VECTOR, config, GPUS["h100"])
     assert all("steps down" in warning for warning in result.warnings)
     assert not any(kernel.kernel.config.num_warps == 0 for kernel in result.pack.kernels.values())
     assert {k.kernel for k in result.pack.kernels.values()} < set(fake.compiled)
+
+
+@pytest.mark.parametrize("template", ["gla_bwd", "gla_bwd_exact"])
+def test_backward_heuristics_step_down(
+    fake: FakeToolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    problem = build.STANDARD_PROBLEMS[1]
+    monkeypatch.setattr(build, "STANDARD_PROBLEMS", (problem,))
+    (tmp_path / "none").mkdir()
+
+    def compiler(kernel: KernelSpec) -> CompiledKernel | GlacError:
+        config = kernel.config
+        if kernel.template == template and getattr(config, "block_v", 0) > 32:
+            return CompileError(f"{kernel.name} does not fit")
+        return fake_compiled(kernel)
+
+    fake.compile = compiler
+    (result,) = build_packs(["h100"], tmp_path / "out", configs_dir=tmp_path / "none")
+    row = next(row for row in result.pack.rows if row.op is Op.BACKWARD)
+    default = default_backward(problem.spec, GPUS["h100"], problem.bucket)
+    # Stages, then chunk and with it that of the states, then columns of V; K is cut last.
+    assert row.config == replace(
+        default,
+        states=replace(default.states, chunk=16),
+        grads=replace(default.grads, num_stages=1, chunk=16, block_v=32),
+    )
+    assert is_legal(problem.spec, row.config, GPUS["h100"])
+    assert all("backward: " in warning for warning in result.warnings)
 
 
 def test_heuristic_without_a_way_out_is_left_out(
@@ -243,6 +320,16 @@ def test_single(fake: FakeToolchain, tmp_path: Path) -> None:
     assert again.rows[0].config == other
 
 
+def test_single_of_the_backward_pass(fake: FakeToolchain, tmp_path: Path) -> None:
+    gpu = GPUS["h100"]
+    pack, compiled = build_single(TINY, gpu, BACKWARD, tmp_path / "p")
+    assert compiled == len(pack.kernels) == len(BACKWARD.kernels())
+    assert pack.rows[0].config == BACKWARD
+    assert set(pack.templates_sha256) == {Op.BACKWARD}
+    again, compiled = build_single(TINY, gpu, BACKWARD, tmp_path / "p")
+    assert (again, compiled) == (pack, 0)
+
+
 def test_single_heals_a_broken_pack(fake: FakeToolchain, tmp_path: Path) -> None:
     build_single(TINY, GPUS["h100"], WHOLE, tmp_path / "p")
     (tmp_path / "p" / "manifest.json").write_text("{")
@@ -259,7 +346,7 @@ def test_single_on_a_gpu_that_is_not_listed(fake: FakeToolchain, tmp_path: Path)
     config = ForwardConfig(replace(WHOLE.fwd, num_stages=3))
     pack, compiled = build_single(TINY, gpu, config, tmp_path / "p")
     assert compiled == 3
-    assert pack.rows[0].config.fwd.num_stages == 1
+    assert pack.rows[0].config == ForwardConfig(replace(WHOLE.fwd, num_stages=1))
     assert pack.rows[0].gpu == "a100"
     assert len(pack.kernels) == 1
 

@@ -277,6 +277,7 @@ def test_build_prints_facts_and_a_pack_that_verifies(
 
     monkeypatch.setattr("glac.build.compile_many", compile_many)
     monkeypatch.setattr("glac.build.toolchain", lambda: FAKE_TOOLS)
+    monkeypatch.setattr("glac.build.STANDARD_PROBLEMS", ())
     out = tmp_path / "packs"
     words = ["build", "--gpu", "h100", "--configs", str(configs_dir), "--out", str(out)]
     result = glac(*words)
@@ -295,6 +296,7 @@ def test_build_prints_facts_and_a_pack_that_verifies(
     found = document(glac("explain", "2,512,16,16,16", "--gpu", "h100", "--json"))["data"]
     assert (found["provider"], found["pack"]) == ("pack", str(out / "sm_90a"))
     assert found["floor_us"] > 0
+    assert found["op"] == "forward"
     text = glac("explain", "2,512,16,16,16", "--gpu", "h100").stdout
     assert "served by  pack: tuned row of h100" in text
 
@@ -318,6 +320,7 @@ def test_pack_show_and_verify(tmp_path: Path) -> None:
     assert all(name in shown.stdout for name in pack.kernels)
     (data,) = document(glac("pack", "show", pack.path, "--json"))["data"]["packs"]
     assert len(data["rows"]) == len(pack.rows)
+    assert {row["op"] for row in data["rows"]} == set(data["templates_sha256"]) == {"forward"}
     (data,) = document(glac("pack", "verify", pack.path, "--json"))["data"]["packs"]
     assert data["current_templates"] is True
 
@@ -334,6 +337,10 @@ def test_explain_says_why_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     result = glac(*words)
     assert result.exit_code == 0, result.output
     assert "k96_v80_lowrank32_bf16" in result.stdout
+    backward = document(glac(*words, "--op", "backward", "--json"))["data"]
+    forward = document(glac(*words, "--json"))["data"]
+    assert (forward["op"], backward["op"]) == ("forward", "backward")
+    assert backward["floor_us"] > 1.5 * forward["floor_us"]
     assert glac("explain", "1,64,1,257,64", "--gpu", "h100").exit_code == 1
     monkeypatch.setenv("GLAC_REQUIRE_AOT", "1")
     refused = glac(*words, "--json")
@@ -347,7 +354,10 @@ def test_configs_commands(configs_dir: Path) -> None:
     shipped = {item.stem for item in (ROOT / "tuned_configs").glob("*.yaml")}
     assert {item["gpu"] for item in listed} == shipped
     assert glac("configs", "validate").exit_code == 0
-    assert "118.2" in glac("configs", "show", path).stdout
+    assert all("forward" in item["ops"] for item in listed)
+    shown = glac("configs", "show", path).stdout
+    assert "118.2" in shown
+    assert "forward" in shown
     assert document(glac("configs", "show", path, "--json"))["data"]["gpu"] == "h100"
     assert glac("configs", "validate", path).stdout == f"ok: {path}: h100, 2 rows\n"
 

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glac import dispatch
-from glac.configs import ChunkKernelConfig, ForwardConfig
+from glac.configs import ChunkKernelConfig, Config, ForwardConfig, default_backward
 from glac.errors import ConfigError, KernelNotFoundError
 from glac.gpus import GPUS
 from glac.pack import Pack, PackRow
-from glac.problem import Bucket, DType, Gate, Problem, Specialisation
+from glac.problem import Bucket, DType, Gate, Op, Problem, Specialisation
 from glac.settings import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +28,7 @@ OTHER = replace(SPEC, K=128)
 H100, H200, A100 = GPUS["h100"], GPUS["h200"], GPUS["a100"]
 PROBLEM = Problem(SPEC, B=2, T=1024, H=16)  # bucket 5, 10
 CONFIG = ForwardConfig(ChunkKernelConfig(32, 64, 4, 2))
+BACKWARD = default_backward(SPEC, H100, PROBLEM.bucket)
 
 
 def row(
@@ -37,8 +38,9 @@ def row(
     gpu: str = "h100",
     source: str = "tuned",
     spec: Specialisation = SPEC,
+    config: Config = CONFIG,
 ) -> PackRow:
-    return PackRow.make(gpu, source, "", spec, Bucket(bh, t), CONFIG)
+    return PackRow.make(gpu, source, "", spec, Bucket(bh, t), config)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,13 @@ def test_another_specialisation_is_no_hit(change: dict[str, Any]) -> None:
     assert dispatch.best_row([], PROBLEM, H100) is None
 
 
+def test_a_row_serves_its_own_op() -> None:
+    rows = [row(config=BACKWARD), row(9, 15)]
+    assert dispatch.best_row(rows, PROBLEM, H100) is rows[1]
+    assert dispatch.best_row(rows, PROBLEM, H100, Op.BACKWARD) is rows[0]
+    assert dispatch.best_row(rows[1:], PROBLEM, H100, Op.BACKWARD) is None
+
+
 ROWS = st.builds(
     row,
     st.integers(0, 12),
@@ -151,8 +160,43 @@ def test_the_first_pack_with_a_row_wins(install: Any) -> None:
     main = row().kernels["gla_fwd"]
     assert decision.kernels == {"gla_fwd": main}
     assert decision.cubin_sha == f"far:{main}"
-    assert decision.tried == ["broken: refused", f"empty: no row for {SPEC.slug}"]
+    assert decision.tried == ["broken: refused", f"empty: no forward row for {SPEC.slug}"]
     assert "nearest bucket (2^9 heads, 2^15 tokens)" in decision.reason
+
+
+def test_each_op_is_decided_for_itself(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "can_build", lambda: False)
+    forward, both = pack("forward", row()), pack("both", row(9, 15), row(config=BACKWARD))
+    install(forward, both)
+    decision = dispatch.decide(PROBLEM, H100)
+    assert (decision.op, decision.path) == (Op.FORWARD, "forward")
+    decision = dispatch.decide(PROBLEM, H100, Op.BACKWARD)
+    assert (decision.op, decision.path, decision.config) == (Op.BACKWARD, "both", BACKWARD)
+    assert list(decision.kernels) == list(BACKWARD.kernels())
+    assert decision.cubin_sha == f"both:{decision.kernels['gla_bwd']}"
+    assert decision.tried == [f"forward: no backward row for {SPEC.slug}"]
+    install(forward)
+    assert dispatch.decide(PROBLEM, H100, Op.BACKWARD).provider == "torch"
+    monkeypatch.setenv("GLAC_REQUIRE_AOT", "1")
+    with pytest.raises(KernelNotFoundError, match="no pack has a backward kernel"):
+        dispatch.decide(PROBLEM, H100, Op.BACKWARD)
+
+
+def test_decisions_are_kept_for_each_op(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatch.clear()
+    install(pack("p", row(), row(config=BACKWARD)))
+    monkeypatch.setattr(dispatch, "device_gpu", lambda device: (H100, ""))
+    monkeypatch.setattr(dispatch, "_load", lambda pack, row, device: dict(row.kernels))
+    monkeypatch.setattr(dispatch, "_served", {})
+    for _ in range(2):
+        decision, plan = dispatch.resolve(PROBLEM, 0)
+        assert plan is not None
+        assert (decision.op, plan.config, set(plan.kernels)) == (Op.FORWARD, CONFIG, {"gla_fwd"})
+        decision, other = dispatch.resolve(PROBLEM, 0, Op.BACKWARD)
+        assert other is not None
+        assert (decision.op, other.config) == (Op.BACKWARD, BACKWARD)
+        assert set(other.kernels) == set(BACKWARD.kernels())
+    assert dispatch.stats().decisions == {"pack": 2}
 
 
 def test_the_reason_names_source_and_gpu(install: Any) -> None:
@@ -176,7 +220,7 @@ def test_a_miss_where_only_packs_are_allowed(
         str(PROBLEM),
         "h100",
         "broken: refused: no manifest",
-        f"other: no row for {SPEC.slug}",
+        f"other: no forward row for {SPEC.slug}",
         str(tmp_path / "mine"),
         str(tmp_path / "cache" / "packs"),
         str(dispatch.shipped_pack_dir()),
@@ -201,18 +245,20 @@ def test_a_miss_without_a_compiler_goes_to_pytorch(
     assert (decision.provider, decision.config, decision.cubin_sha) == ("torch", None, "")
     assert decision.config_id == "torch-chunk"
     assert decision.reason == "no pack has it and no compiler is installed"
-    assert decision.tried == [f"other: no row for {SPEC.slug}"]
+    assert decision.tried == [f"other: no forward row for {SPEC.slug}"]
 
 
+@pytest.mark.parametrize("op", list(Op))
 @pytest.mark.parametrize("gpu", [H100, H200, A100])
 def test_a_miss_with_a_compiler_is_built(
-    install: Any, monkeypatch: pytest.MonkeyPatch, gpu: Any
+    install: Any, monkeypatch: pytest.MonkeyPatch, gpu: Any, op: Op
 ) -> None:
     monkeypatch.setattr(dispatch, "can_build", lambda: True)
     install()
-    decision = dispatch.decide(PROBLEM, gpu)
+    decision = dispatch.decide(PROBLEM, gpu, op)
     assert decision.provider == "build"
-    assert decision.config == dispatch.miss_config(PROBLEM, gpu)
+    assert decision.config == dispatch.miss_config(PROBLEM, gpu, op)
+    assert decision.config.op is op
     assert "compiled at first use" in decision.reason
 
 

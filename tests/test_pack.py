@@ -20,10 +20,12 @@ import pytest
 
 from glac.compile import compile_kernel, toolchain
 from glac.errors import PackError
-from glac.kernelspec import KernelSpec, forward_kernels
+from glac.kernelspec import KernelSpec, config_kernels
 from glac.pack import MANIFEST, Pack, PackRow, manifest_sha256, read_pack, write_pack
-from glac.problem import Bucket
+from glac.problem import Bucket, Op
+from glac.templates import templates_sha256
 from tests.helpers_packs import (
+    BACKWARD,
     CHUNK,
     FAKE_TOOLS,
     LOWRANK,
@@ -123,7 +125,7 @@ def test_unwritable_place(tmp_path: Path) -> None:
 
 def test_rows_without_their_kernel_are_not_written(tmp_path: Path) -> None:
     row = PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), SPLIT)
-    kernels = forward_kernels(VECTOR, WHOLE, "sm_90a")
+    kernels = config_kernels(VECTOR, WHOLE, "sm_90a")
     with pytest.raises(PackError, match=r"rows\[0\].kernels.gla_fwd_summary: no kernel"):
         write_pack(tmp_path / "p", "sm_90a", map(fake_compiled, kernels), [row], FAKE_TOOLS)
     assert not any(tmp_path.iterdir())
@@ -183,10 +185,19 @@ def test_missing_pack(tmp_path: Path) -> None:
 
 
 def test_newer_format(scratch: Path, manifest: dict[str, Any]) -> None:
-    _write(scratch, {"format": 2, "new": "things"})
+    _write(scratch, {"format": 3, "new": "things"})
     with pytest.raises(PackError, match="newer") as caught:
         read_pack(scratch)
     assert "upgrade glac" in caught.value.hint
+
+
+def test_older_format(scratch: Path) -> None:
+    _write(scratch, {"format": 1, "templates_sha256": "0" * 64})
+    with pytest.raises(
+        PackError, match="format: version 1 is older than this glac reads"
+    ) as caught:
+        read_pack(scratch)
+    assert "glac build" in caught.value.hint
 
 
 def _kernel_named(manifest: dict[str, Any], template: str) -> dict[str, Any]:
@@ -203,7 +214,15 @@ def _wrong_manifests() -> Iterator[tuple[str, Any]]:
     yield "arch: wanted one of", lambda m: m.update(arch="sm_75")
     yield "driver_floor", lambda m: m.update(driver_floor=True)
     yield r"toolchain.*unknown keys.*'nvcc'", lambda m: m["toolchain"].update(nvcc="1")
-    yield "templates_sha256: wanted 64 hex", lambda m: m.update(templates_sha256="A" * 64)
+    yield "templates_sha256: wanted an object", lambda m: m.update(templates_sha256="A" * 64)
+    yield (
+        "templates_sha256.forward: wanted 64 hex",
+        lambda m: m["templates_sha256"].update(forward="A" * 64),
+    )
+    yield (
+        r"templates_sha256: unknown keys \['backward'\]",
+        lambda m: m["templates_sha256"].update(backward="a" * 64),
+    )
     yield "missing keys .*'rows'", lambda m: m.pop("rows")
     yield "symbol: wanted an identifier", lambda m: fwd(m).update(symbol="a;b")
     yield "sha256: wanted 64 hex", lambda m: fwd(m).update(sha256="../../../etc/passwd")
@@ -215,8 +234,10 @@ def _wrong_manifests() -> Iterator[tuple[str, Any]]:
     yield "another glac version", lambda m: fwd(m).update(num_warps=8)
     yield "another glac version", lambda m: fwd(m).update(tiles=True)
     yield "its content is that of", lambda m: fwd(m)["kernel"]["spec"].update(K=32)
-    yield "unknown template", lambda m: fwd(m)["kernel"].update(template="gla_bwd")
+    yield "unknown template", lambda m: fwd(m)["kernel"].update(template="gla_new")
     yield "sm_80", lambda m: fwd(m)["kernel"].update(arch="sm_80")
+    yield r"rows\[0\].op: wanted one of", lambda m: m["rows"][0].update(op="sideways")
+    yield r"rows\[0\]: config: unknown keys", lambda m: m["rows"][0].update(op="backward")
     yield r"rows\[0\].gpu: a100 runs sm_80", lambda m: m["rows"][0].update(gpu="a100")
     yield r"rows\[0\].gpu: wanted one of", lambda m: m["rows"][0].update(gpu="v100")
     yield r"rows\[1\].source", lambda m: m["rows"][1].update(source="guessed")
@@ -318,7 +339,7 @@ def test_signed_changes_never_give_a_wrong_kernel(
     except PackError:
         return
     for row in pack.rows:
-        for kernel in forward_kernels(row.spec, row.config, pack.arch):
+        for kernel in config_kernels(row.spec, row.config, pack.arch):
             assert pack.kernels[row.kernels[kernel.template]].kernel == kernel
             assert row.kernels[kernel.template] == kernel.name
 
@@ -366,6 +387,27 @@ def test_damaged_cubin(tmp_path: Path, damage: str) -> None:
     assert "glac build" in caught.value.hint
     with pytest.raises(PackError, match="no kernel 'other'"):
         pack.read_cubin("other")
+
+
+def test_rows_of_two_ops_for_one_problem(tmp_path: Path) -> None:
+    rows = [
+        PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), config)
+        for config in (BACKWARD, WHOLE)
+    ]
+    kernels = [k for row in rows for k in config_kernels(VECTOR, row.config, "sm_90a")]
+    write_pack(tmp_path / "p", "sm_90a", map(fake_compiled, kernels), rows, FAKE_TOOLS)
+    pack = read_pack(tmp_path / "p")
+    assert [row.op for row in pack.rows] == [Op.FORWARD, Op.BACKWARD]
+    assert pack.templates_sha256 == templates_sha256(Op)
+    assert pack.rows[1].config == BACKWARD
+    assert list(pack.rows[1].kernels) == list(BACKWARD.kernels())
+    twice = [rows[0], rows[0], rows[1]]
+    with pytest.raises(PackError, match="same GPU, op, spec and bucket"):
+        write_pack(tmp_path / "q", "sm_90a", map(fake_compiled, kernels), twice, FAKE_TOOLS)
+    data = json.loads((tmp_path / "p" / MANIFEST).read_text())
+    data["rows"][1]["config"]["states"]["chunk"] = 32
+    with pytest.raises(PackError, match=r"rows\[1\].config: grads.chunk must be a multiple"):
+        read_pack(_write(tmp_path / "p", data, sign=True))
 
 
 def test_lowrank_row_has_its_own_abi(pack: Pack) -> None:

@@ -20,6 +20,7 @@ from glac.errors import MissingEnvironmentError
 from glac.gpus import GPUS
 from glac.kernelspec import KernelSpec
 from glac.pack import read_pack
+from glac.problem import Op
 from glac.settings import load_settings
 from tests.helpers_packs import FAKE_TOOLS, fake_compiled
 
@@ -161,7 +162,9 @@ def test_gpu_steps_tune_build_and_serve_from_the_pack(
     with quickstart._packs_first(tmp_path):
         settings = load_settings()
         for problem in (quickstart.TUNED, quickstart.LOWRANK, quickstart.ODD, quickstart.SINGLE):
-            assert dispatch.decide(problem, gpu, settings).path == str(tmp_path / "sm_90a")
+            assert dispatch.decide(problem, gpu, settings=settings).path == str(
+                tmp_path / "sm_90a"
+            )
     assert "GLAC_PACK_PATH" not in os.environ
     assert "tuned B=16 T=2048" in page.text
 
@@ -193,7 +196,7 @@ def test_gpu_results_are_timed_and_judged(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("glac.bench.measure_yardstick", lambda *a: SimpleNamespace(error=1e-3))
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
-    decision = Decision("pack", None, "c32", "", {}, "", "")
+    decision = Decision(Op.FORWARD, "pack", None, "c32", "", {}, "", "")
     monkeypatch.setattr("glac.dispatch.explain", lambda *a: decision)
     page, report = Page(), quickstart.Report("gpu", "fake")
     quickstart._run_on_gpu(report, page, Page())

@@ -11,7 +11,8 @@ from glac.compile import PINNED_PTXAS, compile_many, toolchain
 from glac.configs import why_illegal
 from glac.errors import GlacError
 from glac.gpus import GPUS
-from glac.kernelspec import forward_kernels
+from glac.kernelspec import config_kernels
+from glac.problem import Op
 from glac.templates import templates_sha256
 from glac.tuned import TunedFile, shipped, shipped_names
 
@@ -32,13 +33,15 @@ def test_something_ships() -> None:
 def test_rows_were_measured_with_these_templates(name: str) -> None:
     file = tuned(name)
     assert file.gpu == name
-    assert file.environment.templates_sha256 == templates_sha256(), (
+    hashes = file.environment.templates_sha256
+    assert hashes == templates_sha256(hashes), (
         f"the templates changed after {name}.yaml was measured: tune again"
     )
     assert file.environment.ptxas == PINNED_PTXAS
     assert file.rows
     for row in file.rows:
-        assert row.stats.error <= min(4e-3, 2 * row.stats.yardstick_error)
+        assert row.stats.error <= 2 * row.stats.yardstick_error
+        assert row.stats.error <= 4e-3 or row.op is not Op.FORWARD
         assert row.stats.us <= row.stats.default_us
         assert row.stats.candidates >= 60
 
@@ -51,7 +54,7 @@ def test_every_row_compiles_to_what_was_measured(name: str) -> None:
         pytest.skip(f"measured with Triton {file.environment.triton}")
     arch = GPUS[name].arch
     certified = {kernel.name: kernel for row in file.rows for kernel in row.kernels}
-    wanted = [k for row in file.rows for k in forward_kernels(row.spec, row.config, arch)]
+    wanted = [k for row in file.rows for k in config_kernels(row.spec, row.config, arch)]
     for kernel, built in compile_many(wanted).items():
         assert not isinstance(built, GlacError), built
         facts = certified[kernel.name]
@@ -72,4 +75,6 @@ def test_ampere_pack_builds(tmp_path: Path) -> None:
     for name, kernel in result.pack.kernels.items():
         assert kernel.shared <= limit, name
         assert kernel.registers <= 255, name
-        assert kernel.spill_bytes <= 2048, name
+        # The exact kernel is for rare gates, and must have the tile of the fast one.
+        rare = kernel.kernel.template == "gla_bwd_exact"
+        assert kernel.spill_bytes <= (4096 if rare else 2048), name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,42 @@ import pytest
 
 from glac import templates
 from glac.configs import (
+    BLOCKS_K,
     BLOCKS_V,
     CHUNKS,
+    CONFIGS,
+    KERNEL_CONFIGS,
     MAX_SEGMENTS,
     STAGES,
     WARPS,
+    BackwardConfig,
     ChunkKernelConfig,
     CombineKernelConfig,
+    Config,
+    ExactKernelConfig,
     ForwardConfig,
-    default_forward,
+    KernelConfig,
+    TileKernelConfig,
+    config_from_dict,
+    default_config,
     is_legal,
+    lesser_choices,
     why_illegal,
 )
 from glac.errors import ConfigError
 from glac.gpus import ARCHS, GPUS, RELATIVES, gpu_by_name, match_gpu
-from glac.kernelspec import KernelSpec, forward_kernels
-from glac.problem import LOWRANK_RANKS, Bucket, DType, Gate, Problem, Specialisation
+from glac.kernelspec import KernelSpec, config_kernels
+from glac.problem import LOWRANK_RANKS, Bucket, DType, Gate, Op, Problem, Specialisation
 from glac.templates import (
+    OP_TEMPLATES,
     TEMPLATES,
     active_args,
     constants,
     pointer_type,
+    sources_sha256,
+    state_dtype,
     stride_unit,
+    template_op,
     templates_sha256,
     tiles,
 )
@@ -64,23 +78,50 @@ CHUNK_CONFIGS = st.builds(
     st.sampled_from(STAGES),
     st.booleans(),
 )
+TILE_CONFIGS = st.builds(
+    TileKernelConfig,
+    st.sampled_from(CHUNKS),
+    st.sampled_from(BLOCKS_K),
+    st.sampled_from(BLOCKS_V),
+    st.sampled_from(WARPS),
+    st.sampled_from(STAGES),
+    st.booleans(),
+    st.booleans(),
+)
+EXACT_CONFIGS = st.builds(
+    ExactKernelConfig,
+    st.sampled_from(CHUNKS),
+    st.sampled_from(BLOCKS_K),
+    st.sampled_from(BLOCKS_V),
+    st.sampled_from(WARPS),
+    st.booleans(),
+)
 FORWARD_CONFIGS = st.builds(ForwardConfig, CHUNK_CONFIGS) | st.builds(
     ForwardConfig, CHUNK_CONFIGS, st.sampled_from([128, 256, 1024]), CHUNK_CONFIGS
 )
+BACKWARD_CONFIGS = st.builds(
+    BackwardConfig, CHUNK_CONFIGS, TILE_CONFIGS, st.none() | CHUNK_CONFIGS
+)
+ALL_CONFIGS = FORWARD_CONFIGS | BACKWARD_CONFIGS
 BUCKETS = st.builds(Bucket, st.integers(0, 30), st.integers(0, 30))
 JUNK = st.none() | st.booleans() | st.floats() | st.text() | st.lists(st.integers(), max_size=2)
 
 SPEC = Specialisation(128, 128, DType.BF16, Gate.VECTOR, DType.BF16)
 CONFIG = ForwardConfig(ChunkKernelConfig(32, 128, 8, 3))
+BACKWARD = BackwardConfig(
+    states=ChunkKernelConfig(16, 128, 8, 3),
+    grads=TileKernelConfig(32, 64, 128, 4, 3),
+    dv=ChunkKernelConfig(32, 128, 8, 3),
+)
 H100 = GPUS["h100"]
 
 
-@hypothesis.given(specs(), FORWARD_CONFIGS, BUCKETS)
-def test_round_trips(spec: Specialisation, config: ForwardConfig, bucket: Bucket) -> None:
+@hypothesis.given(specs(), ALL_CONFIGS, BUCKETS)
+def test_round_trips(spec: Specialisation, config: Config, bucket: Bucket) -> None:
     assert Specialisation.from_dict(spec.to_dict()) == spec
-    assert ForwardConfig.from_dict(config.to_dict()) == config
+    assert config_from_dict(config.op, config.to_dict()) == config
     assert Bucket.from_dict(bucket.to_dict()) == bucket
-    for kernel in forward_kernels(spec, config, "sm_90a"):
+    for kernel in config_kernels(spec, config, "sm_90a"):
         again = KernelSpec.from_dict(kernel.to_dict())
         assert again == kernel
         assert hash(again) == hash(kernel)
@@ -92,8 +133,12 @@ STRICT: list[tuple[Any, Any]] = [
     (Bucket, Bucket(7, 11)),
     (ChunkKernelConfig, CONFIG.fwd),
     (CombineKernelConfig, CombineKernelConfig()),
+    (TileKernelConfig, BACKWARD.grads),
+    (ExactKernelConfig, BACKWARD.exact),
     (ForwardConfig, CONFIG),
+    (BackwardConfig, BACKWARD),
     (KernelSpec, KernelSpec("gla_fwd", SPEC, CONFIG.fwd, "sm_90a")),
+    (KernelSpec, KernelSpec("gla_bwd", SPEC, BACKWARD.grads, "sm_90a")),
 ]
 
 
@@ -108,8 +153,8 @@ def test_from_dict_is_strict(case: tuple[Any, Any], data: st.DataObject) -> None
     with pytest.raises(ConfigError, match="unknown keys"):
         cls.from_dict({**good, "surprise": 1})
     junk = data.draw(JUNK)
-    hypothesis.assume(not (junk is None and key == "summary"))
-    hypothesis.assume(not (isinstance(junk, bool) and key == "tma"))
+    hypothesis.assume(not (junk is None and key in ("summary", "dv")))
+    hypothesis.assume(not (isinstance(junk, bool) and key in ("tma", "dv")))
     with pytest.raises(ConfigError):
         cls.from_dict({**good, key: junk})
     with pytest.raises(ConfigError, match="wanted a mapping"):
@@ -151,16 +196,40 @@ def test_buckets_of_benchmarked_shapes() -> None:
     assert Bucket(7, 11).distance(Bucket(5, 12)) == 3
 
 
+@pytest.mark.parametrize(
+    ("spec", "forward", "backward"),
+    [
+        # q k (4 each) v o (2 each), g as q: per token and head, 2 bytes each
+        (replace(SPEC, K=4, V=2), 2 * 16, 2 * (2 * 14 + 2)),
+        (replace(SPEC, K=4, V=2, gate_dtype=DType.FP32), 2 * 12 + 16, 2 * (2 * 10 + 2) + 32),
+    ],
+)
+def test_bytes(spec: Specialisation, forward: int, backward: int) -> None:
+    problem = Problem(spec, B=2, T=5, H=3)
+    assert problem.bytes(Op.FORWARD) == problem.forward_bytes == 30 * forward
+    assert problem.bytes(Op.BACKWARD) == 30 * backward
+
+
+def test_bytes_of_a_lowrank_gate() -> None:
+    spec = Specialisation(4, 2, DType.BF16, Gate.LOWRANK, DType.FP32, 8)
+    problem = Problem(spec, B=2, T=5, H=3)
+    # x, weight in bf16, bias in fp32
+    gate = 2 * 5 * 8 * 2 + 3 * 4 * 8 * 2 + 3 * 4 * 4
+    inputs = 30 * 2 * (4 + 4 + 2) + gate
+    assert problem.bytes(Op.FORWARD) == inputs + 30 * 2 * 2
+    assert problem.bytes(Op.BACKWARD) == 2 * inputs + 30 * 2 * 2
+
+
 # Names.
 
 
-@hypothesis.given(st.lists(st.tuples(specs(), FORWARD_CONFIGS), min_size=2, max_size=6))
-def test_names_are_unique_and_safe(pairs: list[tuple[Specialisation, ForwardConfig]]) -> None:
+@hypothesis.given(st.lists(st.tuples(specs(), ALL_CONFIGS), min_size=2, max_size=6))
+def test_names_are_unique_and_safe(pairs: list[tuple[Specialisation, Config]]) -> None:
     kernels = {
         kernel
         for spec, config in pairs
         for arch in ARCHS
-        for kernel in forward_kernels(spec, config, arch)
+        for kernel in config_kernels(spec, config, arch)
     }
     names = {kernel.name for kernel in kernels}
     assert len(names) == len(kernels)
@@ -182,6 +251,8 @@ def test_combine_kernel_is_shared_by_all_inputs() -> None:
 
 def test_unknown_template_or_arch() -> None:
     with pytest.raises(ConfigError, match="unknown template"):
+        KernelSpec("gla_new", SPEC, CONFIG.fwd, "sm_80")
+    with pytest.raises(ConfigError, match="gla_bwd takes a TileKernelConfig, got a Chunk"):
         KernelSpec("gla_bwd", SPEC, CONFIG.fwd, "sm_80")
     with pytest.raises(ConfigError, match="unknown arch"):
         KernelSpec("gla_fwd", SPEC, CONFIG.fwd, "sm_75")
@@ -216,12 +287,51 @@ def test_illegal(config: ForwardConfig, reason: str) -> None:
     assert is_legal(SPEC, config, H100) == (reason == "")
 
 
+def _tile(**changes: Any) -> TileKernelConfig:
+    return TileKernelConfig.from_dict({**BACKWARD.grads.to_dict(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"grads": _tile(block_k=256)}, "grads.block_k 256 exceeds K padded to 128"),
+        ({"grads": _tile(block_k=48)}, "grads.block_k must be one of"),
+        ({"grads": _tile(block_v=256)}, "grads.block_v 256 exceeds V padded to 128"),
+        ({"grads": _tile(num_warps=2)}, ""),
+        ({"grads": _tile(num_warps=1)}, "grads.num_warps must be one of"),
+        ({"grads": _tile(chunk=128, num_stages=4)}, "grads: 3 stages of inputs need"),
+        ({"grads": _tile(dv=True), "dv": None}, "grads.dv takes all of K in a tile"),
+        ({"grads": _tile(dv=True, block_k=128), "dv": None}, ""),
+        ({"grads": _tile(dv=True, block_k=128)}, "dv must be given exactly when"),
+        ({"dv": None}, "dv must be given exactly when"),
+        ({"dv": _chunk(block_v=256)}, "dv.block_v 256 exceeds V padded to 128"),
+        ({"states": _chunk(chunk=8)}, "states.chunk must be one of"),
+        ({"states": _chunk(chunk=64)}, "grads.chunk must be a multiple of states.chunk 64"),
+    ],
+)
+def test_illegal_backward(changes: dict[str, Any], reason: str) -> None:
+    config = replace(BACKWARD, **changes)
+    assert (why_illegal(SPEC, config, H100) or "").find(reason) >= 0
+    assert is_legal(SPEC, config, H100) == (reason == "")
+
+
+def test_state_tiles_have_registers() -> None:
+    spec = replace(SPEC, K=256, V=256)
+    grads = TileKernelConfig(16, 256, 128, 2, 1)
+    config = replace(BACKWARD, states=_chunk(block_v=64, chunk=16), grads=grads)
+    assert "the [256, 128] state needs 512 registers" in str(why_illegal(spec, config, H100))
+
+
 def test_descriptors_need_hopper_and_whole_rows() -> None:
     config = ForwardConfig(_chunk(tma=True, block_v=64, num_stages=2))
     assert is_legal(SPEC, config, H100)
     assert "needs capability 9.0" in str(why_illegal(SPEC, config, GPUS["a100"]))
     odd = Specialisation(100, 128, DType.BF16, Gate.VECTOR, DType.BF16)
     assert "whole 16 bytes" in str(why_illegal(odd, config, H100))
+    backward = replace(BACKWARD, grads=_tile(tma=True, chunk=32))
+    assert is_legal(SPEC, backward, H100)
+    assert "grads.tma needs" in str(why_illegal(SPEC, backward, GPUS["a100"]))
 
 
 def test_shared_memory_differs_between_gpus() -> None:
@@ -231,10 +341,46 @@ def test_shared_memory_differs_between_gpus() -> None:
     assert "shared memory" in str(why_illegal(spec, config, GPUS["a100"]))
 
 
+@pytest.mark.parametrize("op", list(Op))
 @hypothesis.given(specs(), st.sampled_from(sorted(GPUS)), BUCKETS)
-def test_default_is_legal(spec: Specialisation, gpu: str, bucket: Bucket) -> None:
-    config = default_forward(spec, GPUS[gpu], bucket)
+def test_default_is_legal(op: Op, spec: Specialisation, gpu: str, bucket: Bucket) -> None:
+    config = default_config(op, spec, GPUS[gpu], bucket)
+    assert config.op is op
+    assert isinstance(config, CONFIGS[op])
     assert why_illegal(spec, config, GPUS[gpu]) is None
+
+
+@pytest.mark.parametrize("config", [CONFIG, ForwardConfig(_chunk(), 256, _chunk()), BACKWARD])
+def test_parts_are_what_kernels_are_made_of(config: Config) -> None:
+    kernels = config.kernels()
+    assert config.MAIN in kernels
+    assert set(kernels) <= set(OP_TEMPLATES[config.op])
+    assert set(config.PARTS) <= set(OP_TEMPLATES[config.op])
+    for template, kernel in kernels.items():
+        if template in config.PARTS:
+            part = config.PARTS[template]
+            smaller = replace(getattr(config, part), block_v=16)
+            changed = config.with_part(part, smaller).kernels()[template]
+            assert changed != kernel
+            assert getattr(changed, "block_v", 0) == 16
+
+
+def test_the_exact_kernel_has_the_tile_of_the_fast_one() -> None:
+    assert BACKWARD.exact == ExactKernelConfig(32, 64, 128, 8)
+    whole = replace(BACKWARD, grads=_tile(block_k=128, block_v=32, dv=True), dv=None)
+    assert whole.exact == ExactKernelConfig(32, 128, 32, 4, dv=True)
+    assert "gla_bwd_dv" not in whole.kernels()
+
+
+def test_states_follow_shorter_chunks() -> None:
+    config = replace(BACKWARD, states=_chunk(chunk=32))
+    assert config.with_part("grads", _tile(chunk=16)).states == _chunk(chunk=16)
+    assert config.with_part("grads", _tile(chunk=64)).states == _chunk(chunk=32)
+
+
+def test_lesser_choices() -> None:
+    assert lesser_choices(BACKWARD.grads, "block_k") == [32, 16]
+    assert lesser_choices(BACKWARD.exact, "num_stages") == []
 
 
 @hypothesis.given(FORWARD_CONFIGS, st.integers(1, 10**6))
@@ -271,34 +417,65 @@ def test_gpus() -> None:
 # Templates: the ABI.
 
 
-@hypothesis.given(specs(), CHUNK_CONFIGS)
-def test_abi(spec: Specialisation, config: ChunkKernelConfig) -> None:
-    for name, template in TEMPLATES.items():
-        kernel_config = CombineKernelConfig() if name == "gla_fwd_combine" else config
-        kernel = KernelSpec(name, spec, kernel_config, "sm_90a")
-        args = active_args(name, kernel.spec)
-        # What exists at run time and what is compiled in share no name.
-        assert not {arg.name for arg in args} & set(
-            constants(name, kernel.spec, kernel_config)
-        ) - {
-            "K",
-            "V",
-        }
-        kinds = [arg.is_pointer for arg in args]
-        assert kinds == sorted(kinds, reverse=True)
-        for arg in args:
-            if arg.is_pointer:
-                assert re.fullmatch(r"\*(bf16|fp16|fp32)", pointer_type(arg.kind, kernel.spec))
-            else:
-                assert arg.kind in ("i32", "fp32")
-        assert set(args) <= set(template.args)
-        assert tiles(name, kernel.spec, kernel_config) >= 1
+KERNEL_CONFIG_STRATEGIES: dict[type[KernelConfig], st.SearchStrategy[Any]] = {
+    ChunkKernelConfig: CHUNK_CONFIGS,
+    TileKernelConfig: TILE_CONFIGS,
+    ExactKernelConfig: EXACT_CONFIGS,
+    CombineKernelConfig: st.just(CombineKernelConfig()),
+}
 
 
-def test_template_files_exist_and_are_hashed() -> None:
-    assert all(template.path.is_file() for template in TEMPLATES.values())
-    assert re.fullmatch(r"[0-9a-f]{64}", templates_sha256())
-    assert templates_sha256() == templates_sha256()
+@pytest.mark.parametrize("name", list(TEMPLATES))
+@hypothesis.given(specs(), st.data())
+def test_abi(name: str, spec: Specialisation, data: st.DataObject) -> None:
+    config = data.draw(KERNEL_CONFIG_STRATEGIES[KERNEL_CONFIGS[name]])
+    kernel = KernelSpec(name, spec, config, "sm_90a")
+    args = active_args(name, kernel.spec)
+    # What exists at run time and what is compiled in share no name.
+    assert not {arg.name for arg in args} & set(constants(name, kernel.spec, config))
+    kinds = [arg.is_pointer for arg in args]
+    assert kinds == sorted(kinds, reverse=True)
+    for arg in args:
+        if arg.is_pointer:
+            assert re.fullmatch(r"\*(bf16|fp16|fp32|i32)", pointer_type(arg.kind, kernel.spec))
+        else:
+            assert arg.kind in ("i32", "fp32")
+    assert set(args) <= set(TEMPLATES[name].args)
+    assert tiles(name, kernel.spec, config) >= 1
+
+
+def test_tiles_cover_what_a_kernel_computes() -> None:
+    spec = replace(SPEC, K=100, V=72)
+    assert tiles("gla_fwd", spec, _chunk(block_v=32)) == 3
+    assert tiles("gla_bwd_states", spec, _chunk(block_v=64)) == 2
+    assert tiles("gla_bwd", spec, _tile(block_k=64, block_v=32)) == 2 * 3
+    assert tiles("gla_bwd_exact", spec, ExactKernelConfig(16, 32, 64, 4)) == 4 * 2
+    assert tiles("gla_bwd_dv", spec, _chunk(block_v=64)) == 2
+    assert constants("gla_bwd", spec, _tile(block_k=64))["BK"] == 64
+    assert constants("gla_bwd_states", spec, _chunk())["BK"] == 128
+
+
+def test_kept_states_are_as_wide_as_they_need() -> None:
+    assert state_dtype(SPEC) is DType.BF16
+    wide = replace(SPEC, gate_dtype=DType.FP32)
+    assert pointer_type("*state", wide) == "*bf16"
+    half = replace(SPEC, dtype=DType.FP16, gate_dtype=DType.FP16)
+    assert pointer_type("*state", half) == "*fp32"
+
+
+def test_every_template_has_one_op_and_one_config() -> None:
+    assert {name for names in OP_TEMPLATES.values() for name in names} == set(TEMPLATES)
+    assert sum(map(len, OP_TEMPLATES.values())) == len(TEMPLATES)
+    assert set(KERNEL_CONFIGS) == set(TEMPLATES)
+    assert template_op("gla_fwd_combine") is Op.FORWARD
+    assert template_op("gla_bwd") is Op.BACKWARD
+
+
+@pytest.mark.parametrize("op", list(Op))
+def test_template_files_exist_and_are_hashed(op: Op) -> None:
+    assert all(TEMPLATES[name].path.is_file() for name in OP_TEMPLATES[op])
+    assert re.fullmatch(r"[0-9a-f]{64}", templates_sha256([op])[op])
+    assert templates_sha256([op]) == templates_sha256([op])
 
 
 @hypothesis.given(st.integers(1, 4096))
@@ -314,13 +491,13 @@ def test_template_sources_are_what_is_imported(
 ) -> None:
     shutil.copytree(templates.TEMPLATE_DIR, tmp_path / "t")
     monkeypatch.setattr(templates, "TEMPLATE_DIR", tmp_path / "t")
-    before = templates.templates_sha256()
+    before = sources_sha256(templates.FORWARD)
     names = {path.stem for path in templates.template_sources(templates.FORWARD)}
     assert names >= {"__init__", "_exact", "_gate", *templates.FORWARD}
     (tmp_path / "t" / "gla_new.py").write_text("from glac.kernel_templates._gate import LOG2E\n")
-    assert templates.templates_sha256() == before
-    assert templates.templates_sha256(["gla_new"]) != before
+    assert sources_sha256(templates.FORWARD) == before
+    assert sources_sha256(["gla_new"]) != before
     for name in ("gla_fwd_summary", "_gate"):
         path = tmp_path / "t" / f"{name}.py"
         path.write_text(path.read_text() + "# changed\n")
-        assert templates.templates_sha256() != before
+        assert sources_sha256(templates.FORWARD) != before

@@ -1,7 +1,8 @@
 """Compile every kernel that a study may need, on any machine, into a folder it can travel in.
 
     DIR/pack/             the kernels, a pack without rows
-    DIR/candidates.json   problems, their configs, kernels that did not compile and why, toolchain
+    DIR/candidates.json   problems and ops, their configs, kernels that did not compile and why,
+                          toolchain
 
 What was compiled stays compiled: the folder is brought up to date every few dozen kernels and on
 Ctrl-C, and kernels of the same toolchain and templates are never compiled twice.
@@ -12,26 +13,26 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glac import __version__
 from glac.atomic import write_text
-from glac.configs import ForwardConfig
+from glac.configs import Config, config_from_dict
 from glac.errors import GlacError, PackError, StudyError
 from glac.gpus import ARCHS, GpuSpec
-from glac.kernelspec import KernelSpec, forward_kernels
+from glac.kernelspec import KernelSpec, config_kernels
 from glac.pack import Pack, read_pack, write_pack
-from glac.problem import Problem
-from glac.templates import templates_sha256
+from glac.problem import Op, Problem
+from glac.templates import template_op, templates_sha256
 from glac.tuning.space import Space
 from glac.tuning.worker import problem_from_dict, problem_to_dict
 
 if TYPE_CHECKING:
     from glac.compile import CompiledKernel
 
-SCHEMA = 1
+SCHEMA = 2
 INDEX = "candidates.json"
 PACK = "pack"
 SAVE_EVERY = 64
@@ -51,7 +52,7 @@ class Candidates:
         spaces: problems with their configs, whether they compiled or not.
         failures: kernel name to the reason why it did not compile.
         toolchain: versions of ``triton`` and ``ptxas``.
-        templates_sha256: of the kernel sources.
+        templates_sha256: of the kernel sources, for each op that has a space.
         commit: of the checkout, empty outside one.
         complete: whether every kernel was tried.
     """
@@ -62,7 +63,7 @@ class Candidates:
     spaces: tuple[Space, ...]
     failures: Mapping[str, str]
     toolchain: Mapping[str, str]
-    templates_sha256: str
+    templates_sha256: Mapping[Op, str]
     commit: str
     complete: bool
 
@@ -78,13 +79,13 @@ class Candidates:
         """
         return read_pack(self.pack_path)
 
-    def space(self, problem: Problem) -> Space | None:
-        """The configs of ``problem``, or ``None`` if it is not in here."""
-        return next((s for s in self.spaces if s.problem == problem), None)
+    def space(self, problem: Problem, op: Op) -> Space | None:
+        """The configs for an op of ``problem``, or ``None`` if they are not in here."""
+        return next((s for s in self.spaces if (s.problem, s.op) == (problem, op)), None)
 
-    def why_missing(self, problem: Problem, config: ForwardConfig, pack: Pack) -> str | None:
+    def why_missing(self, problem: Problem, config: Config, pack: Pack) -> str | None:
         """Why a config cannot be launched, or ``None`` if all its kernels are there."""
-        for kernel in forward_kernels(problem.spec, config, self.arch):
+        for kernel in config_kernels(problem.spec, config, self.arch):
             if kernel.name not in pack.kernels:
                 return self.failures.get(kernel.name, f"{kernel.name} was not compiled")
         return None
@@ -120,12 +121,13 @@ def _to_dict(candidates: Candidates) -> dict[str, Any]:
         "gpu": candidates.gpu,
         "arch": candidates.arch,
         "toolchain": dict(candidates.toolchain),
-        "templates_sha256": candidates.templates_sha256,
+        "templates_sha256": {op.value: sha for op, sha in candidates.templates_sha256.items()},
         "commit": candidates.commit,
         "complete": candidates.complete,
         "problems": [
             {
                 "problem": problem_to_dict(space.problem),
+                "op": space.op.value,
                 "default": space.default.to_dict(),
                 "configs": [c.to_dict() for c in space.configs],
             }
@@ -142,11 +144,12 @@ def _from_dict(path: Path, data: Any) -> Candidates:
     spaces = []
     for index, item in enumerate(data["problems"]):
         where = f"problems[{index}]"
+        op = Op(item["op"])
         spaces.append(
             Space(
                 problem_from_dict(item["problem"], where),
-                ForwardConfig.from_dict(item["default"], f"{where}.default"),
-                tuple(ForwardConfig.from_dict(c, f"{where}.configs") for c in item["configs"]),
+                config_from_dict(op, item["default"], f"{where}.default"),
+                tuple(config_from_dict(op, c, f"{where}.configs") for c in item["configs"]),
             )
         )
     if data["arch"] not in ARCHS:
@@ -158,7 +161,7 @@ def _from_dict(path: Path, data: Any) -> Candidates:
         spaces=tuple(spaces),
         failures={str(k): str(v) for k, v in data["failures"].items()},
         toolchain={key: str(data["toolchain"][key]) for key in ("triton", "ptxas")},
-        templates_sha256=str(data["templates_sha256"]),
+        templates_sha256={Op(op): str(sha) for op, sha in data["templates_sha256"].items()},
         commit=str(data["commit"]),
         complete=data["complete"] is True,
     )
@@ -187,26 +190,38 @@ def load_candidates(path: Path | str) -> Candidates:
         ) from None
 
 
-def _reusable(
-    path: Path, arch: str, toolchain: Mapping[str, str], templates: str
-) -> tuple[dict[str, CompiledKernel], dict[str, str]]:
-    """Kernels in the folder that need not be compiled again, and failures known."""
+@dataclass(frozen=True)
+class _Reusable:
+    """What a folder holds that need not be done again."""
+
+    spaces: tuple[Space, ...] = ()
+    built: Mapping[str, CompiledKernel] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+
+def _reusable(path: Path, arch: str, toolchain: Mapping[str, str]) -> _Reusable:
+    """What is there of the same toolchain, and of ops whose templates did not change."""
     from glac.compile import CompiledKernel
 
     try:
         old = load_candidates(path)
         pack = read_pack(path / PACK)
     except (StudyError, PackError):
-        return {}, {}
-    same = (
+        return _Reusable()
+    if not (
         old.arch == pack.arch == arch
         and dict(old.toolchain) == dict(pack.toolchain) == dict(toolchain)
-        and old.templates_sha256 == pack.templates_sha256 == templates
-    )
-    if not same:
-        return {}, {}
+    ):
+        return _Reusable()
+    current = templates_sha256(old.templates_sha256)
+    same = {op for op, sha in old.templates_sha256.items() if sha == current[op]}
+    spaces = tuple(space for space in old.spaces if space.op in same)
+    known = {kernel.name for kernel in kernels_of(spaces, arch)}
     kept = {}
     for name, kernel in pack.kernels.items():
+        op = template_op(kernel.kernel.template)
+        if op not in same or pack.templates_sha256[op] != current[op]:
+            continue
         try:
             cubin = pack.read_cubin(name)
         except PackError:
@@ -222,17 +237,19 @@ def _reusable(
             scratch_bytes=kernel.scratch_bytes,
             num_warps=kernel.num_warps,
         )
-    return kept, dict(old.failures)
+    failures = {name: reason for name, reason in old.failures.items() if name in known}
+    return _Reusable(spaces, kept, failures)
 
 
 def _merge(old: Sequence[Space], new: Sequence[Space]) -> tuple[Space, ...]:
-    """Problems of both; a problem in both keeps the configs of both."""
-    merged = {space.problem: space for space in old}
+    """Problems of both; an op of a problem in both keeps the configs of both."""
+    merged = {(space.problem, space.op): space for space in old}
     for space in new:
-        before = merged.get(space.problem)
+        key = (space.problem, space.op)
+        before = merged.get(key)
         extra = before.configs if before else ()
         configs = tuple(dict.fromkeys((*space.configs, *extra)))
-        merged[space.problem] = Space(space.problem, space.default, configs)
+        merged[key] = Space(space.problem, space.default, configs)
     return tuple(merged.values())
 
 
@@ -269,14 +286,14 @@ def compile_candidates(
             hint="choose another folder",
         )
     tools = toolchain()
-    templates = templates_sha256()
-    built, failures = _reusable(path, gpu.arch, tools.to_dict(), templates)
-    old = load_candidates(path).spaces if built or failures else ()
-    merged = _merge(old, spaces)
+    before = _reusable(path, gpu.arch, tools.to_dict())
+    built, failures = dict(before.built), dict(before.failures)
+    merged = _merge(before.spaces, spaces)
+    templates = templates_sha256(dict.fromkeys(space.op for space in merged))
     wanted: dict[str, KernelSpec] = {}
     for space in merged:
         for config in space.configs:
-            for kernel in forward_kernels(space.problem.spec, config, gpu.arch):
+            for kernel in config_kernels(space.problem.spec, config, gpu.arch):
                 wanted[kernel.name] = kernel
     todo = [k for name, k in wanted.items() if name not in built and name not in failures]
     path.mkdir(parents=True, exist_ok=True)
@@ -333,7 +350,7 @@ def check_usable(candidates: Candidates, gpu: GpuSpec) -> None:
             f"{gpu.name} needs {gpu.arch}",
             hint=f"glac tune --gpu {gpu.name} --compile-only DIR",
         )
-    if candidates.templates_sha256 != templates_sha256():
+    if candidates.templates_sha256 != templates_sha256(candidates.templates_sha256):
         raise StudyError(
             f"{candidates.path}: compiled from other kernel templates than the ones installed",
             hint=f"compile again: glac tune --gpu {gpu.name} --compile-only {candidates.path}",
@@ -351,5 +368,5 @@ def kernels_of(spaces: Sequence[Space], arch: str) -> set[KernelSpec]:
         kernel
         for space in spaces
         for config in space.configs
-        for kernel in forward_kernels(space.problem.spec, config, arch)
+        for kernel in config_kernels(space.problem.spec, config, arch)
     }

@@ -16,7 +16,7 @@ import click
 from glac import cli
 from glac.errors import GlacError
 from glac.gpus import GPUS, GpuSpec, gpu_by_name
-from glac.problem import LOWRANK_RANKS, DType, Gate, Problem
+from glac.problem import LOWRANK_RANKS, DType, Gate, Op, Problem
 from glac.settings import load_settings
 from glac.tuning.candidates import (
     Candidates,
@@ -29,7 +29,7 @@ from glac.tuning.export import check_target
 from glac.tuning.progress import Progress, duration
 from glac.tuning.space import EFFORTS, SUITES, Space, make_problem, space
 
-_GPU_SECONDS = 0.15
+_GPU_SECONDS = {Op.FORWARD: 0.15, Op.BACKWARD: 0.3}
 """About what one candidate takes at standard effort: checks, repeats, timing."""
 
 
@@ -62,8 +62,8 @@ def _problems(
 def _space_data(item: Space, arch: str) -> dict[str, Any]:
     return {
         "problem": str(item.problem),
+        "op": item.op.value,
         "candidates": len(item.configs),
-        "single_kernel": sum(not c.segment for c in item.configs),
         "kernels": len(kernels_of([item], arch)),
         "default": item.default.slug,
     }
@@ -75,16 +75,12 @@ def _dry_run(spaces: Sequence[Space], gpu: GpuSpec, jobs: int | None) -> None:
     workers = jobs or os.cpu_count() or 1
     total = sum(len(item.configs) for item in spaces)
     seconds = estimate_seconds(kernels, workers)
-    text = cli.format_table(
-        ["problem", "candidates", "unsegmented", "kernels", "default"],
-        [
-            (r["problem"], r["candidates"], r["single_kernel"], r["kernels"], r["default"])
-            for r in rows
-        ],
-    )
+    measuring = sum(_GPU_SECONDS[item.op] * len(item.configs) + 10 for item in spaces)
+    columns = ["problem", "op", "candidates", "kernels", "default"]
+    text = cli.format_table(columns, [[row[column] for column in columns] for row in rows])
     text += (
         f"\n{total} candidates, {kernels} kernels: about {duration(seconds)} of compiling on "
-        f"{workers} cores, {duration(_GPU_SECONDS * total + 10 * len(spaces))} on the GPU"
+        f"{workers} cores, {duration(measuring)} on the GPU"
     )
     data = {
         "gpu": gpu.name,
@@ -114,6 +110,7 @@ def _result_data(result: Any) -> dict[str, Any]:
     outcome = result.outcomes.get(choice.config) if choice else None
     return {
         "problem": str(result.problem),
+        "op": result.op.value,
         "config": choice.config.to_dict() if choice else None,
         "config_id": choice.config.slug if choice else None,
         "default_id": result.default.slug,
@@ -148,6 +145,7 @@ def _result_table(rows: Sequence[dict[str, Any]]) -> str:
         body.append(
             (
                 row["problem"],
+                row["op"],
                 _number(us, ".1f"),
                 _number(default, ".1f"),
                 _number(faster, ".2f"),
@@ -159,7 +157,7 @@ def _result_table(rows: Sequence[dict[str, Any]]) -> str:
                 row["config_id"] or row["study_error"] or "no candidate works",
             )
         )
-    headers = ["problem", "us", "default", "faster", "noise", "error", "yardstick"]
+    headers = ["problem", "op", "us", "default", "faster", "noise", "error", "yardstick"]
     headers += ["tried", "failed", "config"]
     return cli.format_table(headers, body)
 
@@ -185,6 +183,14 @@ def _terminated_is_interrupted() -> Iterator[None]:
 @click.option("--rank", type=click.Choice([str(r) for r in LOWRANK_RANKS]), help="[16]")
 @click.option("--dtype", type=cli.DTYPE_CHOICE, help="Of --shape [bf16].")
 @click.option("--gate-dtype", type=click.Choice(["same", "fp32"]), help="Of --shape [same].")
+@click.option(
+    "--op",
+    "op_name",
+    type=click.Choice([*(op.value for op in Op), "both"]),
+    default="both",
+    show_default=True,
+    help="What is tuned of each problem.",
+)
 @click.option("--effort", type=click.Choice(EFFORTS), help="[standard; quick with --suite quick]")
 @click.option("--trials", type=click.IntRange(min=1), help="Candidates per problem [all].")
 @click.option(
@@ -215,6 +221,7 @@ def tune_command(
     rank: str | None,
     dtype: str | None,
     gate_dtype: str | None,
+    op_name: str,
     effort: str | None,
     trials: int | None,
     timeout: float,
@@ -241,6 +248,7 @@ def tune_command(
     if compile_dir and from_dir:
         raise click.UsageError("--compile-only and --from exclude each other")
     problems = _problems(suite, shapes, gate, int(rank) if rank else None, dtype, gate_dtype)
+    ops = tuple(Op) if op_name == "both" else (Op(op_name),)
     level = effort or ("quick" if suite == "quick" else "standard")
     progress = Progress(quiet=no_progress or cli.terminal.verbosity < 0)
     from glac.tuning import run
@@ -256,9 +264,10 @@ def tune_command(
             gpu = next(g for g in GPUS.values() if g.arch == gpu.arch)
     if loaded is not None:
         check_usable(loaded, gpu)
-        spaces = run.choose_spaces(loaded, problems, gpu, level)
+        spaces = run.choose_spaces(loaded, problems, gpu, level, ops)
     else:
-        spaces = [space(p, gpu, level) for p in (problems or SUITES["standard"])]
+        wanted = problems or SUITES["standard"]
+        spaces = [space(problem, gpu, level, op) for problem in wanted for op in ops]
     if dry_run:
         _dry_run(spaces, gpu, jobs)
         return
@@ -313,7 +322,11 @@ def _finish(tuned: Any, gpu: GpuSpec, storage: Path) -> None:
         lines += [f"warning: {warning}" for warning in written.warnings]
         lines.append(f"{written.path}: {len(written.rows)} rows written, {written.kept} kept")
         lines.append(f"next: glac build --gpu {gpu.name} --configs {written.path.parent}")
-    unfinished = [row["problem"] for row in rows if row["config"] is None or row["study_error"]]
+    unfinished = [
+        f"{row['problem']} {row['op']}"
+        for row in rows
+        if row["config"] is None or row["study_error"]
+    ]
     failure: GlacError | None = None
     if report.interrupted:
         failure = cli.FailedError(

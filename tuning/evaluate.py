@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from glac.configs import ForwardConfig
-from glac.problem import Problem
+from glac.configs import Config
+from glac.problem import Op, Problem
 
 OK = "ok"
 WRONG = "wrong"
@@ -33,7 +33,7 @@ class Outcome:
             (took its process down), ``hung`` (did not answer in time).
         us: median device time of a call, microseconds; ``None`` unless ok.
         noise: interquartile range over median.
-        error: relative rms error against fp64 on the tuned shape.
+        error: relative rms error against fp64 on the tuned shape; the worst of several results.
         hard_error: the same for the small case with hard gates, states and a ragged length.
         samples: timings taken.
         pruned: timing stopped early because it was far from the best.
@@ -95,7 +95,10 @@ class Device:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Error of the same-dtype PyTorch form against fp64, on the tuned shape."""
+    """Error of the same-dtype PyTorch form against fp64, on the tuned shape.
+
+    Where an op has several results, it is that of the worst.
+    """
 
     error: float
 
@@ -131,21 +134,21 @@ EFFORT: dict[str, Effort] = {
 
 
 class Evaluator(Protocol):
-    """Checks and times candidates of one problem after the other."""
+    """Checks and times candidates of an op of one problem after the other."""
 
     def device(self) -> Device:
         """Where it measures. Starts what has to be started."""
         ...
 
-    def prepare(self, problem: Problem) -> Yardstick:
-        """Make inputs and truth of ``problem``; what follows is about it."""
+    def prepare(self, problem: Problem, op: Op) -> Yardstick:
+        """Make inputs and truth of an op of ``problem``; what follows is about it."""
         ...
 
-    def evaluate(self, config: ForwardConfig, best_us: float | None) -> Outcome:
+    def evaluate(self, config: Config, best_us: float | None) -> Outcome:
         """Check and time one candidate. Never raises because of the candidate."""
         ...
 
-    def compare(self, configs: Sequence[ForwardConfig], rounds: int) -> list[list[float]]:
+    def compare(self, configs: Sequence[Config], rounds: int) -> list[list[float]]:
         """Times in microseconds, one list per config and one entry per interleaved round.
 
         A config that fails has an empty list.
@@ -176,10 +179,10 @@ class ReplayEvaluator:
     def device(self) -> Device:
         return Device("replayed table")
 
-    def prepare(self, problem: Problem) -> Yardstick:
+    def prepare(self, problem: Problem, op: Op) -> Yardstick:
         return Yardstick(self.yardstick)
 
-    def evaluate(self, config: ForwardConfig, best_us: float | None) -> Outcome:
+    def evaluate(self, config: Config, best_us: float | None) -> Outcome:
         self.calls.append(config.slug)
         found = self.table.get(config.slug)
         if found is None:
@@ -188,7 +191,7 @@ class ReplayEvaluator:
             return found
         return Outcome(OK, us=float(found), error=self.yardstick, hard_error=self.yardstick)
 
-    def compare(self, configs: Sequence[ForwardConfig], rounds: int) -> list[list[float]]:
+    def compare(self, configs: Sequence[Config], rounds: int) -> list[list[float]]:
         times = []
         for config in configs:
             found = self.table.get(config.slug)

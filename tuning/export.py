@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glac import __version__
 from glac.errors import ConfigError, StudyError
 from glac.gpus import GpuSpec
-from glac.kernelspec import forward_kernels
+from glac.kernelspec import config_kernels
 from glac.pack import Pack
+from glac.problem import Op
 from glac.tuned import (
     TunedEnvironment,
     TunedFile,
@@ -46,7 +47,7 @@ class Export:
 
 
 def environment(
-    device: Device, toolchain: Mapping[str, str], templates_sha256: str, commit: str
+    device: Device, toolchain: Mapping[str, str], templates_sha256: Mapping[Op, str], commit: str
 ) -> TunedEnvironment:
     """The header: device's software, and the toolchain that made the candidates."""
     return TunedEnvironment(
@@ -72,7 +73,7 @@ def tuned_row(result: Result, pack: Pack, device: Device) -> TunedRow | None:
     if choice is None:
         return None
     kernels = []
-    for kernel in forward_kernels(result.problem.spec, choice.config, pack.arch):
+    for kernel in config_kernels(result.problem.spec, choice.config, pack.arch):
         packed = pack.kernels[kernel.name]
         kernels.append(
             TunedKernel(
@@ -95,13 +96,23 @@ def tuned_row(result: Result, pack: Pack, device: Device) -> TunedRow | None:
     return TunedRow(result.problem, choice.config, stats, tuple(kernels))
 
 
-def _same_code(old: TunedEnvironment, new: TunedEnvironment) -> bool:
-    fields = ("triton", "ptxas", "templates_sha256")
-    return all(getattr(old, name) == getattr(new, name) for name in fields)
+def _kept(old: TunedFile, new: TunedFile) -> list[TunedRow]:
+    """Rows of ``old`` that ``new`` has none for."""
+    taken = {(row.op, row.spec, row.bucket) for row in new.rows}
+    return [row for row in old.rows if (row.op, row.spec, row.bucket) not in taken]
+
+
+def _same_code(old: TunedFile, new: TunedFile) -> bool:
+    """Whether kept rows were made by the toolchain and the templates that the header will name."""
+    then, now = old.environment, new.environment
+    return (then.triton, then.ptxas) == (now.triton, now.ptxas) and all(
+        then.templates_sha256[op] == now.templates_sha256.get(op, then.templates_sha256[op])
+        for op in {row.op for row in _kept(old, new)}
+    )
 
 
 def merge(old: TunedFile | None, new: TunedFile) -> tuple[TunedFile, int, int]:
-    """``new`` plus the rows of ``old`` for other specialisations and buckets.
+    """``new`` plus the rows of ``old`` for other ops, specialisations and buckets.
 
     Returns:
         The merged file, the number of rows kept and of rows replaced.
@@ -116,21 +127,24 @@ def merge(old: TunedFile | None, new: TunedFile) -> tuple[TunedFile, int, int]:
             f"the file to update is for {old.gpu}, this study is for {new.gpu}",
             hint="name another file with --out",
         )
-    taken = {(row.spec, row.bucket) for row in new.rows}
-    kept = [row for row in old.rows if (row.spec, row.bucket) not in taken]
-    merged = TunedFile(
-        new.gpu, new.measured_on, new.code_path, new.environment, (*new.rows, *kept)
+    kept = _kept(old, new)
+    hashes = {row.op: old.environment.templates_sha256[row.op] for row in kept}
+    hashes.update(new.environment.templates_sha256)
+    merged = replace(
+        new,
+        environment=replace(new.environment, templates_sha256=hashes),
+        rows=(*new.rows, *kept),
     )
     return merged, len(kept), len(old.rows) - len(kept)
 
 
 def _best_of_bucket(rows: Sequence[TunedRow]) -> list[TunedRow]:
-    """One row for each specialisation and bucket; of two, the larger problem's."""
-    chosen: dict[tuple[object, object], TunedRow] = {}
+    """One row for each op, specialisation and bucket; of two, the larger problem's."""
+    chosen: dict[tuple[object, ...], TunedRow] = {}
     for row in rows:
-        key = (row.spec, row.bucket)
+        key = (row.op, row.spec, row.bucket)
         other = chosen.get(key)
-        if other is None or row.problem.forward_bytes > other.problem.forward_bytes:
+        if other is None or row.problem.bytes(row.op) > other.problem.bytes(row.op):
             chosen[key] = row
     return list(chosen.values())
 
@@ -159,7 +173,7 @@ def export(
     pack: Pack,
     gpu: GpuSpec,
     path: Path | str,
-    templates_sha256: str,
+    templates_sha256: Mapping[Op, str],
     commit: str,
 ) -> Export | None:
     """Write the results into the YAML at ``path``, whose other rows stay.
@@ -169,7 +183,7 @@ def export(
         pack: the kernels that were measured.
         gpu: whose file it is; ``measured_on`` says what device the times are from.
         path: of the YAML; folders are made.
-        templates_sha256: of the sources the kernels were compiled from.
+        templates_sha256: of the sources the kernels were compiled from, by op.
         commit: of the checkout they were compiled in.
 
     Returns:
@@ -185,11 +199,12 @@ def export(
     if not rows:
         return None
     old = check_target(path, gpu)
-    header = environment(report.device, pack.toolchain, templates_sha256, commit)
+    hashes = {row.op: templates_sha256[row.op] for row in rows}
+    header = environment(report.device, pack.toolchain, hashes, commit)
     new = TunedFile(gpu.name, report.device.name, gpu.arch, header, tuple(rows))
     merged, kept, replaced = merge(old, new)
     warnings = []
-    if old and kept and not _same_code(old.environment, header):
+    if old and kept and not _same_code(old, new):
         warnings.append(
             f"{kept} older rows were certified with other templates or another toolchain; "
             "tune them again, or expect `glac build` to report other binaries"

@@ -9,7 +9,7 @@ from typing import Any
 
 from glac.errors import MissingEnvironmentError, StudyError
 from glac.gpus import GpuSpec
-from glac.problem import Problem
+from glac.problem import Op, Problem
 from glac.tuning.candidates import Candidates, check_usable, compile_candidates
 from glac.tuning.evaluate import EFFORT
 from glac.tuning.export import Export, check_target, export
@@ -72,7 +72,11 @@ def check_measurable(gpu: GpuSpec, device: int = 0) -> None:
 
 
 def choose_spaces(
-    candidates: Candidates, problems: Sequence[Problem] | None, gpu: GpuSpec, effort: str
+    candidates: Candidates,
+    problems: Sequence[Problem] | None,
+    gpu: GpuSpec,
+    effort: str,
+    ops: Sequence[Op] = tuple(Op),
 ) -> list[Space]:
     """The problems to study with their compiled configs; all that there are if ``None``.
 
@@ -80,19 +84,28 @@ def choose_spaces(
         StudyError: a problem is not among the candidates.
     """
     chosen = []
-    for problem in problems or [s.problem for s in candidates.spaces]:
-        found = candidates.space(problem)
-        if found is None:
+    for problem in problems or list(dict.fromkeys(s.problem for s in candidates.spaces)):
+        found = [s for op in ops if (s := candidates.space(problem, op)) is not None]
+        if not found and problems:
             raise StudyError(
                 f"{candidates.path}: has no candidates for {problem}",
-                hint="compile them: glac tune --compile-only DIR with the same --suite or --shape",
+                hint="compile them: glac tune --compile-only DIR with the same --suite or --shape "
+                "and --op",
             )
-        if effort == "quick":
-            few = space(problem, gpu, "quick").configs
-            configs = tuple(c for c in few if c in found.configs) or found.configs
-            found = Space(problem, found.default, configs)
-        chosen.append(found)
+        chosen += [_reduced(item, gpu) if effort == "quick" else item for item in found]
+    if not chosen:
+        raise StudyError(
+            f"{candidates.path}: has no candidates for {' and '.join(op.value for op in ops)}",
+            hint="compile them: glac tune --compile-only DIR with the same --op",
+        )
     return chosen
+
+
+def _reduced(found: Space, gpu: GpuSpec) -> Space:
+    """What a quick study tries of a space."""
+    few = space(found.problem, gpu, "quick", found.op).configs
+    configs = tuple(c for c in few if c in found.configs) or found.configs
+    return Space(found.problem, found.default, configs)
 
 
 def compile_with_progress(
@@ -166,7 +179,10 @@ def tune(
         effort=effort,
         trials=trials,
         seed=seed,
-        key=f"triton {tools['triton']}, ptxas {tools['ptxas']}, templates {templates[:12]}",
+        key={
+            op: f"triton {tools['triton']}, ptxas {tools['ptxas']}, templates {sha[:12]}"
+            for op, sha in templates.items()
+        },
         missing=lambda problem, config: candidates.why_missing(problem, config, pack),
         progress=progress,
     )

@@ -1,8 +1,16 @@
 """What a study may try: the declared search space of each problem, and named sets of problems.
 
+Forward:
+
     chunk     16 32 64 128                block_v   32 64 128 256, at most V padded
     warps     4 8, and 2 for small tiles  stages    1 2 3 4
     tma       no, yes (Hopper)            segment   0, and powers of two from 256 to T/2
+
+Backward, the three kernels one after the other, so that each list is short:
+
+    gradients of q, k, gate (and v)       chunk 16 32, block_k and block_v to 128, warps 4 8,
+                                          stages 2 3 4, tma; with v only where a tile has all of K
+    states, gradient of v                 as forward, without segments
 
 Two filters make a list of candidates from it. Legality is ``glac.configs.why_illegal``. Pruning
 drops what cannot win, on grounds that are written beside each rule, so that a problem costs
@@ -11,26 +19,35 @@ minutes of compilation and all that is left can be timed. Nothing here needs tor
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from glac.configs import (
+    BLOCKS_K,
     CHUNKS,
     STAGES,
+    WARPS,
+    BackwardConfig,
     ChunkKernelConfig,
+    Config,
     ForwardConfig,
-    block_k,
-    default_forward,
+    TileKernelConfig,
+    default_config,
+    grads_illegal,
+    padded_k,
     padded_v,
     why_illegal,
 )
+from glac.configs import BLOCKS_V as ALL_BLOCKS_V
 from glac.errors import ConfigError
 from glac.gpus import GpuSpec
-from glac.problem import DType, Gate, Problem, Specialisation
+from glac.problem import DType, Gate, Op, Problem, Specialisation
 
 BLOCKS_V = (32, 64, 128, 256)
-WARPS = (2, 4, 8)
+GRADS_TRIED, WHOLE_TRIED, STATES_TRIED, DV_TRIED = 5, 4, 3, 8
+"""Of a backward problem: gradient kernels without and with dv, states kernels, dv kernels."""
 SMALLEST_SEGMENT = 256
 LONG_SEQUENCE = 8192
 PROGRAMS_PER_SM = 2
@@ -107,7 +124,7 @@ SUITES: dict[str, tuple[Problem, ...]] = _suites()
 
 @dataclass(frozen=True)
 class Space:
-    """The candidates of one problem.
+    """The candidates for one op of one problem.
 
     Attributes:
         problem: what is tuned.
@@ -116,8 +133,15 @@ class Space:
     """
 
     problem: Problem
-    default: ForwardConfig
-    configs: tuple[ForwardConfig, ...]
+    default: Config
+    configs: tuple[Config, ...]
+
+    @property
+    def op(self) -> Op:
+        return self.default.op
+
+    def __str__(self) -> str:
+        return f"{self.problem} {self.op.value}"
 
 
 def _tiles(spec: Specialisation, gpu: GpuSpec) -> Iterator[ChunkKernelConfig]:
@@ -132,7 +156,7 @@ def _tiles(spec: Specialisation, gpu: GpuSpec) -> Iterator[ChunkKernelConfig]:
 
 def _worth_compiling(config: ChunkKernelConfig, spec: Specialisation, gpu: GpuSpec) -> bool:
     """Rules of thumb measured on Hopper at K = V = 128; each cuts where losers were far behind."""
-    rows, width = block_k(spec), min(padded_v(spec), BLOCKS_V[-1])
+    rows, width = padded_k(spec), min(padded_v(spec), BLOCKS_V[-1])
     narrow_v = min(padded_v(spec), 32)
     state = rows * config.block_v // (32 * config.num_warps)  # registers per thread
     if state > 128:  # with the operands beside it, it lives in local memory
@@ -158,10 +182,10 @@ def _prior(config: ForwardConfig, problem: Problem, gpu: GpuSpec) -> float:
     """Smaller is more promising: distance from what has been fast on Hopper."""
     spec, fwd = problem.spec, config.fwd
     size = 1 if spec.dtype is not DType.FP32 else 2
-    block_v = min(padded_v(spec), max(32, 128 * 128 // (block_k(spec) * size)))
+    block_v = min(padded_v(spec), max(32, 128 * 128 // (padded_k(spec) * size)))
     chunk = 32 if spec.dtype is DType.BF16 else 16
     cost = abs(math.log2(fwd.chunk / chunk)) + 1.5 * abs(math.log2(fwd.block_v / block_v))
-    state = block_k(spec) * fwd.block_v // (32 * fwd.num_warps)
+    state = padded_k(spec) * fwd.block_v // (32 * fwd.num_warps)
     cost += 0.7 * abs(math.log2(state / 128)) if state >= 32 else 1.5
     cost += 0.5 * abs(fwd.num_stages - 3) + (0.4 if fwd.tma else 0.0)
     programs = problem.B * problem.H * math.ceil(spec.V / fwd.block_v)
@@ -190,21 +214,10 @@ def _segment_lengths(problem: Problem, gpu: GpuSpec) -> list[int]:
     return lengths[-6:]
 
 
-def space(problem: Problem, gpu: GpuSpec, effort: str = "standard") -> Space:
-    """The candidates of ``problem`` on ``gpu``, the most promising first.
-
-    Args:
-        problem: what is tuned.
-        gpu: where.
-        effort: ``quick`` keeps the ``QUICK_CANDIDATES`` best by rule of thumb.
-
-    Raises:
-        ConfigError: unknown effort.
-    """
-    if effort not in EFFORTS:
-        raise ConfigError(f"effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
+def _forward_configs(
+    problem: Problem, gpu: GpuSpec, default: ForwardConfig
+) -> list[ForwardConfig]:
     spec = problem.spec
-    default = default_forward(spec, gpu, problem.bucket)
     tiles = [
         tile
         for tile in _tiles(spec, gpu)
@@ -222,29 +235,139 @@ def space(problem: Problem, gpu: GpuSpec, effort: str = "standard") -> Space:
     legal = [c for c in (*single, *split) if why_illegal(spec, c, gpu) is None]
     legal = [c for c in dict.fromkeys(legal) if c != default]
     legal.sort(key=lambda c: (_prior(c, problem, gpu), c.slug))
-    if effort == "quick":
-        # Tiles first: with few tries, segments matter only where the default needs them too.
-        cut = QUICK_CANDIDATES if default.segment else QUICK_CANDIDATES // 3
-        keep = [c for c in legal if c.segment][:cut]
-        legal = [c for c in legal if not c.segment or c in keep][: QUICK_CANDIDATES - 1]
-    return Space(problem, default, (default, *legal))
+    return legal
 
 
-def candidates(problem: Problem, gpu: GpuSpec) -> list[ForwardConfig]:
-    """The whole declared space of ``problem`` after legality and pruning, default first."""
-    return list(space(problem, gpu).configs)
+def _quick_forward(legal: Sequence[ForwardConfig], default: ForwardConfig) -> list[ForwardConfig]:
+    # Tiles first: with few tries, segments matter only where the default needs them too.
+    cut = QUICK_CANDIDATES if default.segment else QUICK_CANDIDATES // 3
+    keep = [c for c in legal if c.segment][:cut]
+    return [c for c in legal if not c.segment or c in keep][: QUICK_CANDIDATES - 1]
 
 
-def parameters(config: ForwardConfig) -> dict[str, int | bool | str]:
+def _walk_prior(tile: ChunkKernelConfig, spec: Specialisation, gpu: GpuSpec) -> float:
+    """Smaller is more promising for ``gla_bwd_states`` and ``gla_bwd_dv``.
+
+    Measured on Hopper at K = V = 128: what walks chunks with a tile of [128, 128] and no spills.
+    """
+    size = 1 if spec.dtype is DType.BF16 else 2
+    block_v = min(padded_v(spec), max(32, 128 * 128 // (padded_k(spec) * size)))
+    warps = 8 if padded_k(spec) * tile.block_v > 64 * 64 else 4
+    cost = abs(math.log2(tile.chunk * size / 32)) + abs(math.log2(tile.block_v / block_v))
+    cost += 0.8 * abs(math.log2(tile.num_warps / warps)) + 0.5 * abs(tile.num_stages - 3)
+    return cost + float(gpu.capability >= (9, 0) and not tile.tma)
+
+
+def _grads_prior(tile: TileKernelConfig, spec: Specialisation, gpu: GpuSpec) -> float:
+    """Smaller is more promising for ``gla_bwd``: 64 rows to four warps, all of V, no spills."""
+    size = 1 if spec.dtype is DType.BF16 else 2
+    cost = abs(math.log2(tile.chunk * size / 32)) + abs(
+        math.log2(tile.num_warps * 16 / tile.block_k)
+    )
+    cost += 1.5 * abs(math.log2(tile.block_v / min(padded_v(spec), 128 // size)))
+    cost += 1.2 * abs(math.log2(tile.block_k / min(padded_k(spec), 64)))
+    cost += 0.5 * abs(tile.num_stages - 3)
+    return cost + float(gpu.capability >= (9, 0) and not tile.tma)
+
+
+def _grads_tiles(spec: Specialisation, gpu: GpuSpec, dv: bool) -> list[TileKernelConfig]:
+    """The most promising tiles of the gradient kernel."""
+    tmas = (False, True) if gpu.capability >= (9, 0) else (False,)
+    tiles = [
+        TileKernelConfig(*values, dv=dv)
+        for values in itertools.product(
+            (16, 32), (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4), tmas
+        )
+        # A thread holds its part of the state's gradient beside tiles of the chunk.
+        if values[1] * values[2] // (32 * values[3]) <= 64
+    ]
+    legal = [tile for tile in tiles if grads_illegal(spec, tile, gpu) is None]
+    return sorted(legal, key=lambda t: (_grads_prior(t, spec, gpu), t.slug))
+
+
+def _walks(spec: Specialisation, gpu: GpuSpec) -> list[ChunkKernelConfig]:
+    """The most promising tiles of the kernels beside it."""
+    tiles = [t for t in _tiles(spec, gpu) if t.num_stages > 1 and _worth_compiling(t, spec, gpu)]
+    return sorted(tiles, key=lambda t: (_walk_prior(t, spec, gpu), t.slug))
+
+
+def _backward_configs(
+    problem: Problem, gpu: GpuSpec, default: BackwardConfig
+) -> list[BackwardConfig]:
+    """All combinations of a few choices for each kernel."""
+    spec = problem.spec
+    walks = [t for t in _walks(spec, gpu) if t.block_v <= padded_v(spec)]
+    # For the values' gradient every tile once: which one wins changes with the number of heads.
+    tiles = {(t.chunk, t.block_v, t.num_warps): t for t in reversed(walks)}
+    by_tile = [t for t in walks if tiles[t.chunk, t.block_v, t.num_warps] == t]
+    found = []
+    for dv in (False, True):
+        for grads in _grads_tiles(spec, gpu, dv)[: WHOLE_TRIED if dv else GRADS_TRIED]:
+            states = [t for t in walks if grads.chunk % t.chunk == 0][:STATES_TRIED]
+            values = [None] if dv else by_tile[:DV_TRIED]
+            found += [BackwardConfig(s, grads, v) for s in states for v in values]
+    legal = [c for c in found if why_illegal(spec, c, gpu) is None and c != default]
+    legal.sort(key=lambda c: (_grads_prior(c.grads, spec, gpu), c.slug))
+    return legal
+
+
+def space(problem: Problem, gpu: GpuSpec, effort: str = "standard", op: Op = Op.FORWARD) -> Space:
+    """The candidates for ``op`` of ``problem`` on ``gpu``, the most promising first.
+
+    Args:
+        problem: what is tuned.
+        gpu: where.
+        effort: ``quick`` keeps the ``QUICK_CANDIDATES`` best by rule of thumb.
+        op: what is tuned of it.
+
+    Raises:
+        ConfigError: unknown effort.
+    """
+    if effort not in EFFORTS:
+        raise ConfigError(f"effort must be one of {', '.join(EFFORTS)}, got {effort!r}")
+    configs: Sequence[Config]
+    default = default_config(op, problem.spec, gpu, problem.bucket)
+    if isinstance(default, ForwardConfig):
+        forward = _forward_configs(problem, gpu, default)
+        configs = _quick_forward(forward, default) if effort == "quick" else forward
+    else:
+        configs = _backward_configs(problem, gpu, default)
+        if effort == "quick":
+            configs = configs[: QUICK_CANDIDATES - 1]
+    return Space(problem, default, (default, *configs))
+
+
+def parameters(config: Config) -> dict[str, int | bool | str]:
     """A config as independent choices, for a sampler that looks for structure."""
-    fwd = config.fwd
-    same = config.summary is None or config.summary == fwd
+    if isinstance(config, BackwardConfig):
+        states = {f"states_{name}": value for name, value in config.states.to_dict().items()}
+        values = config.dv.slug if config.dv else "with the others"
+        return {**config.grads.to_dict(), **states, "values": values}
+    same = config.summary is None or config.summary == config.fwd
     return {
-        "chunk": fwd.chunk,
-        "block_v": fwd.block_v,
-        "num_warps": fwd.num_warps,
-        "num_stages": fwd.num_stages,
-        "tma": fwd.tma,
+        **config.fwd.to_dict(),
         "segment": config.segment,
         "summary": "same" if same else "other",
     }
+
+
+def parameter_choices(space: Space) -> dict[str, tuple[int | bool | str, ...]]:
+    """The values that each of ``parameters`` may have.
+
+    They do not depend on which configs there are: a study that is resumed must find the same.
+    """
+    tile: dict[str, tuple[int | bool | str, ...]] = {
+        "chunk": CHUNKS,
+        "block_v": ALL_BLOCKS_V,
+        "num_warps": WARPS,
+        "num_stages": STAGES,
+        "tma": (False, True),
+    }
+    if space.op is Op.BACKWARD:
+        states = {f"states_{name}": values for name, values in tile.items()}
+        walks = itertools.product(CHUNKS, ALL_BLOCKS_V, WARPS, STAGES, (False, True))
+        values = ("with the others", *(ChunkKernelConfig(*walk).slug for walk in walks))
+        return {**tile, "block_k": BLOCKS_K, "dv": (False, True), **states, "values": values}
+    segments = {0, *(c.segment for c in space.configs if isinstance(c, ForwardConfig))}
+    segments |= {1 << bits for bits in range(4, max(2048, space.problem.T).bit_length())}
+    return {**tile, "segment": tuple(sorted(segments)), "summary": ("same", "other")}

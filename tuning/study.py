@@ -1,9 +1,9 @@
 """The study: every candidate tried once, the best compared again, each result kept on disk.
 
-One Optuna study per problem lives in a journal file. A space of at most 150 configs is tried
-whole, a larger one by a Gaussian process on log(time). Failed candidates are results too: a large
-finite value and a violated constraint, so that a sampler learns from them. Running the same
-command again goes on where the last run ended.
+One Optuna study for each op of a problem lives in a journal file. A space of at most 150 configs
+is tried whole, a larger one by a Gaussian process on log(time). Failed candidates are results too:
+a large finite value and a violated constraint, so that a sampler learns from them. Running the
+same command again goes on where the last run ended.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glac.configs import BLOCKS_V, CHUNKS, STAGES, WARPS, ForwardConfig
+from glac.configs import Config
 from glac.errors import GlacError, MissingEnvironmentError, StudyError
-from glac.problem import Problem
+from glac.problem import Op, Problem
 from glac.tuning.evaluate import (
     CRASHED,
     EFFORT,
@@ -34,7 +34,7 @@ from glac.tuning.evaluate import (
     Outcome,
 )
 from glac.tuning.progress import Progress
-from glac.tuning.space import EXHAUSTIVE, Space, parameters
+from glac.tuning.space import EXHAUSTIVE, Space, parameter_choices, parameters
 from glac.tuning.stats import spread
 
 WORTHWHILE = 0.01
@@ -57,7 +57,7 @@ class Choice:
         compared: whether finalists were timed again, interleaved.
     """
 
-    config: ForwardConfig
+    config: Config
     us: float
     default_us: float
     noise: float
@@ -66,7 +66,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Result:
-    """What a study found for one problem.
+    """What a study found for one op of one problem.
 
     Attributes:
         problem: what was tuned.
@@ -80,13 +80,17 @@ class Result:
     """
 
     problem: Problem
-    default: ForwardConfig
+    default: Config
     yardstick: float
-    outcomes: Mapping[ForwardConfig, Outcome]
+    outcomes: Mapping[Config, Outcome]
     choice: Choice | None
-    missing: Mapping[ForwardConfig, str]
+    missing: Mapping[Config, str]
     planned: int
     error: str = ""
+
+    @property
+    def op(self) -> Op:
+        return self.default.op
 
     @property
     def complete(self) -> bool:
@@ -106,7 +110,7 @@ class Report:
     """A whole study.
 
     Attributes:
-        results: one for each problem begun.
+        results: one for each problem and op begun.
         device: where it was measured.
         interrupted: Ctrl-C ended it early; ``results`` hold what there was.
     """
@@ -208,17 +212,7 @@ def _drop_torn_line(file: Any) -> None:
 def _distributions(optuna: Any, space: Space) -> dict[str, Any]:
     """Choices that do not depend on what happened to compile: a resumed study must agree."""
     category = optuna.distributions.CategoricalDistribution
-    segments = {0, *(c.segment for c in space.configs)}
-    segments |= {1 << bits for bits in range(4, max(2048, space.problem.T).bit_length())}
-    return {
-        "chunk": category(CHUNKS),
-        "block_v": category(BLOCKS_V),
-        "num_warps": category(WARPS),
-        "num_stages": category(STAGES),
-        "tma": category((False, True)),
-        "segment": category(tuple(sorted(segments))),
-        "summary": category(("same", "other")),
-    }
+    return {name: category(values) for name, values in parameter_choices(space).items()}
 
 
 def _sampler(optuna: Any, exhaustive: bool, seed: int) -> Any:
@@ -231,9 +225,7 @@ def _sampler(optuna: Any, exhaustive: bool, seed: int) -> Any:
     return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
 
-def decide(
-    default: ForwardConfig, times: Mapping[ForwardConfig, Sequence[float]], noise: float = 0.0
-) -> Choice:
+def decide(default: Config, times: Mapping[Config, Sequence[float]], noise: float = 0.0) -> Choice:
     """The winner among configs timed in the same rounds.
 
     Args:
@@ -252,9 +244,7 @@ def decide(
     return Choice(winner, middle[winner], middle[default], noise, True)
 
 
-def _decide_from_outcomes(
-    default: ForwardConfig, outcomes: Mapping[ForwardConfig, Outcome]
-) -> Choice | None:
+def _decide_from_outcomes(default: Config, outcomes: Mapping[Config, Outcome]) -> Choice | None:
     """The winner where no comparison was made."""
     ok = {c: o for c, o in outcomes.items() if o.ok and o.us is not None}
     if not ok:
@@ -271,7 +261,7 @@ def _decide_from_outcomes(
 
 @dataclass
 class _ProblemStudy:
-    """The study of one problem."""
+    """The study of one op of one problem."""
 
     space: Space
     evaluator: Evaluator
@@ -281,7 +271,7 @@ class _ProblemStudy:
     exhaustive: bool
     planned: int
     progress: Progress
-    outcomes: dict[ForwardConfig, Outcome] = field(default_factory=dict)
+    outcomes: dict[Config, Outcome] = field(default_factory=dict)
     yardstick: float = math.nan
     prepared: bool = False
 
@@ -304,12 +294,12 @@ class _ProblemStudy:
     def prepare(self) -> None:
         """Have the evaluator make inputs and truth, before the first measurement of this run."""
         if not self.prepared:
-            self.yardstick = self.evaluator.prepare(self.space.problem).error
+            self.yardstick = self.evaluator.prepare(self.space.problem, self.space.op).error
             self.study.set_user_attr("yardstick", self.yardstick)
             self.prepared = True
 
     @property
-    def best(self) -> tuple[ForwardConfig, float] | None:
+    def best(self) -> tuple[Config, float] | None:
         ok = [(o.us, c.slug, c) for c, o in self.outcomes.items() if o.us is not None]
         if not ok:
             return None
@@ -323,14 +313,14 @@ class _ProblemStudy:
         text = f"best {best[1]:.1f} us {best[0].slug}" if best else "none works yet"
         return f"{text}, {failed} failed, {pruned} pruned"
 
-    def _record(self, trial: Any, config: ForwardConfig, outcome: Outcome) -> None:
+    def _record(self, trial: Any, config: Config, outcome: Outcome) -> None:
         trial.set_user_attr("config", config.slug)
         trial.set_user_attr("outcome", outcome.to_dict())
         trial.set_constraint(_CONSTRAINT, -1.0 if outcome.ok else 1.0)
         us = outcome.us if outcome.ok else None
         self.study.tell(trial, _INFEASIBLE if us is None else math.log(us))
 
-    def _try(self, trial: Any, config: ForwardConfig) -> None:
+    def _try(self, trial: Any, config: Config) -> None:
         best = self.best
         try:
             self.prepare()
@@ -347,7 +337,7 @@ class _ProblemStudy:
             self.progress.note(f"  {config.slug}: {outcome.status}: {outcome.reason}")
         self.progress.step(self._detail())
 
-    def _given(self, config: ForwardConfig) -> None:
+    def _given(self, config: Config) -> None:
         self.study.enqueue_trial(parameters(config))
         self._try(self.study.ask(self.distributions), config)
 
@@ -359,9 +349,10 @@ class _ProblemStudy:
 
     def search(self) -> None:
         """As many candidates as planned, chosen by the sampler after a few warm starts."""
-        by_params: dict[tuple[Any, ...], ForwardConfig] = {}
+        by_params: dict[tuple[Any, ...], Config] = {}
         for config in self.space.configs:
-            by_params.setdefault(tuple(parameters(config).values()), config)
+            values = parameters(config)
+            by_params.setdefault(tuple(values[name] for name in self.distributions), config)
         for config in self.space.configs[:_WARM_STARTS]:
             if len(self.outcomes) < self.planned and config not in self.outcomes:
                 self._given(config)
@@ -404,7 +395,7 @@ class _ProblemStudy:
         if kept and kept.get("key") == key:
             times = {c: kept["times"][c.slug] for c in finalists if c.slug in kept["times"]}
         else:
-            self.progress.begin(f"{self.space.problem}: comparing finalists", len(finalists))
+            self.progress.begin(f"{self.space}: comparing finalists", len(finalists))
             self.prepare()
             rows = self.evaluator.compare(finalists, self.effort.rounds)
             times = {c: row for c, row in zip(finalists, rows, strict=True) if row}
@@ -434,8 +425,8 @@ def run_study(
     effort: str = "standard",
     trials: int | None = None,
     seed: int = 0,
-    key: str = "",
-    missing: Callable[[Problem, ForwardConfig], str | None] | None = None,
+    key: Mapping[Op, str] | None = None,
+    missing: Callable[[Problem, Config], str | None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Study problem after problem.
@@ -448,7 +439,8 @@ def run_study(
         effort: a key of ``EFFORT``.
         trials: candidates per problem; default: all, or ``effort.trials`` of a large space.
         seed: of the sampler.
-        key: what else must be the same for results to be taken over: toolchain, templates.
+        key: what else must be the same for results to be taken over, for each op: toolchain,
+            templates.
         missing: why a config cannot be measured, or None if it can.
         progress: told of everything.
 
@@ -469,8 +461,8 @@ def run_study(
             try:
                 device = evaluator.device()
                 for index, space in enumerate(spaces):
-                    title = f"[{index + 1}/{len(spaces)}] {space.problem}"
-                    name = "|".join((gpu, device.name, str(space.problem), key))
+                    title = f"[{index + 1}/{len(spaces)}] {space}"
+                    name = "|".join((gpu, device.name, str(space), (key or {}).get(space.op, "")))
                     run = _Run(optuna, opened, evaluator, EFFORT[effort], seed, progress)
                     result, interrupted = run.problem(space, title, name, trials, missing)
                     results.append(result)
@@ -501,7 +493,7 @@ class _Run:
         title: str,
         name: str,
         trials: int | None,
-        missing: Callable[[Problem, ForwardConfig], str | None] | None,
+        missing: Callable[[Problem, Config], str | None] | None,
     ) -> tuple[Result, bool]:
         """The result for one problem, and whether Ctrl-C ended it."""
         problem = space.problem

@@ -4,7 +4,7 @@ A candidate may crash its process (an illegal access makes the CUDA context usel
 back. So candidates run in a long-lived worker; the parent sends it one JSON line per request, ends
 it when it does not answer in time, starts a new one when it has died, and goes on.
 
-    -> {"id": 3, "do": "evaluate", "config": {...}, "best_us": 212.4}
+    -> {"id": 3, "do": "evaluate", "op": "forward", "config": {...}, "best_us": 212.4}
     <- {"id": 3, "value": {"status": "ok", "us": 208.1, ...}}
 
 The worker imports torch; this module does not until it is the worker.
@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import glac
-from glac.configs import ForwardConfig
+from glac.configs import Config, config_from_dict
 from glac.errors import GlacError, StudyError
-from glac.problem import Problem, Specialisation
+from glac.problem import Op, Problem, Specialisation
 from glac.tuning.evaluate import (
     CRASHED,
     ERROR,
@@ -55,11 +55,11 @@ class Session(Protocol):
 
     def device(self) -> Device: ...
 
-    def prepare(self, problem: Problem) -> Yardstick: ...
+    def prepare(self, problem: Problem, op: Op) -> Yardstick: ...
 
-    def evaluate(self, config: ForwardConfig, best_us: float | None) -> Outcome: ...
+    def evaluate(self, config: Config, best_us: float | None) -> Outcome: ...
 
-    def compare(self, configs: Sequence[ForwardConfig], rounds: int) -> list[list[float]]: ...
+    def compare(self, configs: Sequence[Config], rounds: int) -> list[list[float]]: ...
 
     def healthy(self) -> bool:
         """Whether the device still works after an error."""
@@ -108,14 +108,14 @@ class CudaSession:
         props = self._torch.cuda.get_device_properties(self._index)
         return Device(str(props.name), driver_branch(), str(self._torch.__version__))
 
-    def _load(self, spec: Specialisation, config: ForwardConfig) -> dict[str, Any]:
-        from glac.kernelspec import forward_kernels
+    def _load(self, spec: Specialisation, config: Config) -> dict[str, Any]:
+        from glac.kernelspec import config_kernels
         from glac.launch import load_from_pack
 
-        kernels = forward_kernels(spec, config, self._pack.arch)
+        kernels = config_kernels(spec, config, self._pack.arch)
         return {k.template: load_from_pack(self._pack, k.name, self._index) for k in kernels}
 
-    def prepare(self, problem: Problem) -> Yardstick:
+    def prepare(self, problem: Problem, op: Op) -> Yardstick:
         from glac.tuning.checks import Checker
         from glac.tuning.timing import CudaStopwatch
 
@@ -128,16 +128,17 @@ class CudaSession:
             CudaStopwatch(self._index),
             self._effort,
             self._seed,
+            op,
         )
         yardstick: Yardstick = self._checker.yardstick
         return yardstick
 
-    def evaluate(self, config: ForwardConfig, best_us: float | None) -> Outcome:
+    def evaluate(self, config: Config, best_us: float | None) -> Outcome:
         with self._torch.no_grad():
             outcome: Outcome = self._checker.evaluate(config, best_us)
         return outcome
 
-    def compare(self, configs: Sequence[ForwardConfig], rounds: int) -> list[list[float]]:
+    def compare(self, configs: Sequence[Config], rounds: int) -> list[list[float]]:
         with self._torch.no_grad():
             times: list[list[float]] = self._checker.compare(configs, rounds)
         return times
@@ -190,12 +191,13 @@ def _answer(session: Session, request: Mapping[str, Any]) -> tuple[Any, bool]:
     what = request["do"]
     if what == "device":
         return asdict(session.device()), False
+    op = Op(request["op"])
     if what == "prepare":
-        return asdict(session.prepare(problem_from_dict(request["problem"]))), False
+        return asdict(session.prepare(problem_from_dict(request["problem"]), op)), False
     if what == "compare":
-        configs = [ForwardConfig.from_dict(c) for c in request["configs"]]
+        configs = [config_from_dict(op, c) for c in request["configs"]]
         return session.compare(configs, int(request["rounds"])), False
-    config = ForwardConfig.from_dict(request["config"])
+    config = config_from_dict(op, request["config"])
     try:
         return session.evaluate(config, request["best_us"]).to_dict(), False
     except Exception as error:
@@ -285,7 +287,7 @@ class WorkerEvaluator:
         self._stderr: BinaryIO | None = None
         self._pending = b""
         self._id = 0
-        self._problem: Problem | None = None
+        self._prepared: tuple[Problem, Op] | None = None
         self._yardstick: Yardstick | None = None
         self.starts = 0
 
@@ -402,8 +404,8 @@ class WorkerEvaluator:
         for _ in range(_STARTS):
             try:
                 self._ask(self._start_timeout, "device")
-                if self._problem is not None:
-                    self._prepare(self._problem)
+                if self._prepared is not None:
+                    self._prepare(*self._prepared)
                 return
             except _Refused as error:
                 reason = str(error)
@@ -417,8 +419,10 @@ class WorkerEvaluator:
         self._stop()
         raise StudyError(f"the measuring process cannot be started: {reason}")
 
-    def _prepare(self, problem: Problem) -> Yardstick:
-        value = self._ask(self._start_timeout, "prepare", problem=problem_to_dict(problem))
+    def _prepare(self, problem: Problem, op: Op) -> Yardstick:
+        value = self._ask(
+            self._start_timeout, "prepare", op=op.value, problem=problem_to_dict(problem)
+        )
         try:
             return Yardstick(float(value["error"]))
         except (TypeError, KeyError, ValueError):
@@ -437,26 +441,26 @@ class WorkerEvaluator:
         except (_Died, _Hung, _Refused, TypeError) as error:
             raise StudyError(f"the measuring process does not answer: {error}") from None
 
-    def prepare(self, problem: Problem) -> Yardstick:
-        """Inputs and truth of ``problem``.
+    def prepare(self, problem: Problem, op: Op) -> Yardstick:
+        """Inputs and truth of an op of ``problem``.
 
         Raises:
             StudyError: it cannot be prepared.
         """
-        self._problem = None
+        self._prepared = None
         self._ready()
         try:
-            self._yardstick = self._prepare(problem)
+            self._yardstick = self._prepare(problem, op)
         except _Hung:
             raise StudyError(
                 f"{problem}: inputs and truth not ready in {self._start_timeout:g} s"
             ) from None
         except (_Died, _Refused) as error:
             raise StudyError(f"{problem}: cannot be prepared: {error}") from None
-        self._problem = problem
+        self._prepared = (problem, op)
         return self._yardstick
 
-    def evaluate(self, config: ForwardConfig, best_us: float | None) -> Outcome:
+    def evaluate(self, config: Config, best_us: float | None) -> Outcome:
         """What becomes of a candidate; a dead or hung worker is an outcome too.
 
         Raises:
@@ -464,7 +468,13 @@ class WorkerEvaluator:
         """
         self._ready()
         try:
-            value = self._ask(self._timeout, "evaluate", config=config.to_dict(), best_us=best_us)
+            value = self._ask(
+                self._timeout,
+                "evaluate",
+                op=config.op.value,
+                config=config.to_dict(),
+                best_us=best_us,
+            )
         except _Hung:
             return Outcome(HUNG, reason=f"no answer in {self._timeout:g} s")
         except _Died as error:
@@ -480,7 +490,7 @@ class WorkerEvaluator:
             self._stop()
         return outcome
 
-    def compare(self, configs: Sequence[ForwardConfig], rounds: int) -> list[list[float]]:
+    def compare(self, configs: Sequence[Config], rounds: int) -> list[list[float]]:
         """Interleaved times; empty lists when the worker dies of it twice."""
         for _ in range(2):
             self._ready()
@@ -488,6 +498,7 @@ class WorkerEvaluator:
                 value = self._ask(
                     self._timeout * (1 + len(configs)),
                     "compare",
+                    op=configs[0].op.value,
                     configs=[c.to_dict() for c in configs],
                     rounds=rounds,
                 )

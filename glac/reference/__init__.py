@@ -4,8 +4,9 @@
 
 ``recurrent_gla`` is the definition, ``chunk_gla`` the fast exact form and the fallback where no
 kernel fits, ``chunk_gla_backward`` its gradients without autograd, ``lowrank_gate`` the layer's
-gate, ``yardstick_chunk_gla`` and ``yardstick_chunk_gla_backward`` runs in kernel precision that
-set error budgets, and ``relative_rms`` the error measure. Nothing here needs more than torch.
+gate, ``lowrank_gate_backward`` its gradients, ``yardstick_chunk_gla`` and
+``yardstick_chunk_gla_backward`` runs in kernel precision that set error budgets, and
+``relative_rms`` the error measure. Nothing here needs more than torch.
 """
 
 from glac.reference.backward import (
@@ -15,7 +16,7 @@ from glac.reference.backward import (
 )
 from glac.reference.chunked import chunk_gla
 from glac.reference.error import relative_rms
-from glac.reference.gate import lowrank_gate
+from glac.reference.gate import lowrank_gate, lowrank_gate_backward
 from glac.reference.recurrent import recurrent_gla
 from glac.reference.yardstick import yardstick_chunk_gla
 
@@ -24,6 +25,7 @@ __all__ = [
     "chunk_gla",
     "chunk_gla_backward",
     "lowrank_gate",
+    "lowrank_gate_backward",
     "recurrent_gla",
     "relative_rms",
     "yardstick_chunk_gla",

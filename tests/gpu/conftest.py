@@ -14,11 +14,14 @@ from torch import Tensor
 from glac import dispatch
 from glac.attention import chunk_gla, chunk_gla_lowrank
 from glac.errors import KernelNotFoundError
-from glac.problem import Problem
+from glac.pack import Pack, PackRow
+from glac.problem import Op, Problem
 from glac.reference import chunk_gla as reference_chunk_gla
-from glac.reference import lowrank_gate, yardstick_chunk_gla
+from glac.reference import yardstick_chunk_gla
+from glac.settings import load_settings
 from glac.testing import Inputs, make_inputs
 from glac.validate import check_lowrank, check_vector
+from tests.helpers_gradients import dense_gate
 
 CEILING = {torch.bfloat16: 4e-3, torch.float16: 2e-3, torch.float32: 1e-5}
 FEW = 512  # token-heads
@@ -30,15 +33,6 @@ def problem_of(x: Inputs) -> Problem:
     assert x.x is not None
     assert x.weight is not None
     return check_lowrank(x.q, x.k, x.v, x.x, x.weight, x.bias, x.initial_state)
-
-
-def dense_gate(x: Inputs, dtype: torch.dtype) -> Tensor:
-    if x.g is not None:
-        return x.g.to(dtype)
-    assert x.x is not None
-    assert x.weight is not None
-    bias = None if x.bias is None else x.bias.to(dtype)
-    return lowrank_gate(x.x.to(dtype), x.weight.to(dtype), bias, num_heads=x.q.shape[2])
 
 
 def truth(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -74,21 +68,40 @@ class Packed:
 
     device: torch.device
 
-    def need(self, problem: Problem) -> dispatch.Decision:
-        """Skip the test unless a pack has kernels for the problem."""
+    def need(self, problem: Problem, op: Op = Op.FORWARD) -> dispatch.Decision:
+        """Skip the test unless a pack has kernels for an op of the problem."""
         try:
-            decision, _ = dispatch.resolve(problem, self.device.index)
+            decision = dispatch.explain(problem, self.device, op)
         except KernelNotFoundError:
-            pytest.skip(f"no pack serves {problem}; set GLAC_PACK_PATH (tests/gpu/README.md)")
+            pytest.skip(
+                f"no pack has a {op.value} kernel for {problem}; set GLAC_PACK_PATH "
+                "(tests/gpu/README.md)"
+            )
         assert decision.provider == "pack", decision
         return decision
 
-    def draw(self, B: int, T: int, H: int, K: int, V: int, **options: Any) -> Inputs:
+    def draw(
+        self, B: int, T: int, H: int, K: int, V: int, *, backward: bool = False, **options: Any
+    ) -> Inputs:
         """Inputs of a problem that a pack serves, in bf16 unless ``dtype`` says otherwise."""
         options.setdefault("dtype", torch.bfloat16)
         x = make_inputs(B, T, H, K, V, device=self.device, **options)
         self.need(problem_of(x))
+        if backward:
+            self.need(problem_of(x), Op.BACKWARD)
         return x
+
+    def rows(self, op: Op) -> list[tuple[Pack, PackRow]]:
+        """The rows of an op in all packs, each config once; skips where there is none."""
+        gpu, note = dispatch.device_gpu(self.device.index)
+        assert gpu is not None, note
+        packs, refused = dispatch.installed_packs(load_settings(), gpu.arch)
+        assert not refused
+        rows = [(pack, row) for pack in packs for row in pack.rows if row.op is op]
+        found = list({(row.spec, row.config): (pack, row) for pack, row in rows}.values())
+        if not found:
+            pytest.skip(f"no pack has a {op.value} row; set GLAC_PACK_PATH (tests/gpu/README.md)")
+        return found
 
     def call(self, x: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
         """Output and final state through the public operation."""

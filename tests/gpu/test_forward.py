@@ -23,11 +23,13 @@ from torch import Tensor
 
 from glac import dispatch
 from glac.attention import chunk_gla
-from glac.errors import InputTypeError, NotDifferentiableError
-from glac.forward import ForwardPlan, GateInput, run_forward
+from glac.configs import ForwardConfig
+from glac.errors import InputTypeError
+from glac.forward import run_forward
 from glac.launch import load_from_pack
 from glac.pack import Pack, PackRow
-from glac.problem import DType, Gate, Problem
+from glac.plan import GateInput, Plan
+from glac.problem import DType, Gate, Op, Problem
 from glac.reference import chunk_gla as reference_chunk_gla
 from glac.settings import load_settings
 from glac.testing import Inputs, hard_gates, make_inputs
@@ -140,18 +142,20 @@ def test_every_gate(packed: Packed, dims: tuple[int, int], gate: str) -> None:
 
 
 def rows_here() -> list[tuple[Pack, PackRow]]:
+    """The forward rows of all packs, each config once."""
     gpu, note = dispatch.device_gpu(0)
     assert gpu is not None, note
     packs, refused = dispatch.installed_packs(load_settings(), gpu.arch)
     assert not refused
-    seen = {(row.spec, row.config): (pack, row) for pack in packs for row in pack.rows}
-    return list(seen.values())
+    rows = [(pack, row) for pack in packs for row in pack.rows if row.op is Op.FORWARD]
+    return list({(row.spec, row.config): (pack, row) for pack, row in rows}.values())
 
 
 def run_row(pack: Pack, row: PackRow, x: Inputs, problem: Problem) -> tuple[Tensor, Tensor]:
     gate = GateInput((x.g,)) if x.g is not None else GateInput((x.x, x.weight, x.bias), 1 / 16)
     kernels = {name: load_from_pack(pack, kernel, 0) for name, kernel in row.kernels.items()}
-    plan = ForwardPlan(problem, row.config, kernels)
+    assert isinstance(row.config, ForwardConfig)
+    plan = Plan(problem, row.config, kernels)
     with mock.patch.object(torch, "empty", nan_filled):
         o, state = run_forward(plan, x.q, x.k, x.v, gate, row.spec.K**-0.5, x.initial_state, True)
     assert state is not None
@@ -165,6 +169,7 @@ def test_every_row_of_the_packs(packed: Packed) -> None:
         pytest.skip("no pack; set GLAC_PACK_PATH (tests/gpu/README.md)")
     failures = []
     for pack, row in rows:
+        assert isinstance(row.config, ForwardConfig)
         spec, segment = row.spec, row.config.segment
         lengths = {1, row.config.fwd.chunk, row.config.fwd.chunk + 1, 2 * segment + 33}
         for tokens in sorted(lengths):
@@ -346,20 +351,6 @@ def test_a_call_from_another_thread(packed: Packed) -> None:
     assert len(results) == 3
     for got in results:
         assert_same_bits(wanted, got)
-
-
-def test_a_backward_call_says_that_there_is_none(packed: Packed) -> None:
-    x = packed.draw(1, 40, 2, 128, 128)
-    wanted, _ = packed.call(x)
-    q = x.q.clone().requires_grad_()
-    o, _ = packed.call(replace(x, q=q))
-    assert o.requires_grad
-    assert torch.equal(o, wanted)
-    with pytest.raises(NotDifferentiableError, match="no backward") as caught:
-        o.sum().backward()  # type: ignore[no-untyped-call]
-    assert "glac.reference" in caught.value.hint
-    with torch.no_grad():
-        assert not packed.call(replace(x, q=q))[0].requires_grad
 
 
 def test_tensors_on_two_devices_are_refused(packed: Packed) -> None:

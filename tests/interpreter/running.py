@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -11,28 +13,50 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glac.attention import _laid_out
-from glac.configs import ChunkKernelConfig, ForwardConfig, is_legal
-from glac.forward import STEP_MIN, GateInput, run_forward
+from glac import backward
+from glac.backward import run_backward
+from glac.configs import (
+    BackwardConfig,
+    ChunkKernelConfig,
+    Config,
+    ForwardConfig,
+    TileKernelConfig,
+    is_legal,
+    padded_k,
+    padded_v,
+)
+from glac.engine import laid_out
+from glac.forward import run_forward
 from glac.gpus import GPUS
 from glac.interpret import interpreted_plan
+from glac.plan import STEP_MIN, GateInput, Kernel
 from glac.problem import Problem
-from glac.reference import lowrank_gate, recurrent_gla, relative_rms, yardstick_chunk_gla
+from glac.reference import recurrent_gla, relative_rms, yardstick_chunk_gla
 from glac.templates import stride_unit
 from glac.testing import Inputs
 from glac.validate import check_lowrank, check_vector
+from tests.helpers_gradients import (
+    dense_gate,
+    ends_of,
+    gradient_errors,
+    rounded_gradients,
+    true_gradients,
+)
 
 FP32_BUDGET = 1e-5
 FP16_FLOOR = 2e-3
 """The yardstick's error may be below this by luck where there are few elements."""
+FP32_GRADIENT_BUDGET = 5e-6
+"""Measured: 1.4e-6 at most, where a low-rank gate decays fast, and otherwise 4e-7."""
+FP16_GRADIENT_FLOOR = 1e-3
 
 _empty = torch.empty
 
 
 def nan_filled(*size: Any, **options: Any) -> Tensor:
-    """``torch.empty`` whose memory holds NaN, as freed memory may."""
+    """``torch.empty`` whose memory holds NaN, or sevens, as freed memory may."""
     tensor = _empty(*size, **options)
-    return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+    return tensor.fill_(math.nan if tensor.is_floating_point() else 7)
 
 
 def problem_of(x: Inputs) -> Problem:
@@ -56,8 +80,16 @@ def config(
     return ForwardConfig(fwd, segment, summary)
 
 
-def legal(x: Inputs, cfg: ForwardConfig) -> bool:
+def legal(x: Inputs, cfg: Config) -> bool:
     return is_legal(problem_of(x).spec, cfg, GPUS["h100"])
+
+
+def gate_input(x: Inputs, normalizer: float = 16.0, clamp_min: float | None = None) -> GateInput:
+    if x.g is not None:
+        return GateInput((laid_out(x.g, stride_unit(x.g.shape[-1])),))
+    assert x.x is not None
+    clamp = STEP_MIN if clamp_min is None else clamp_min
+    return GateInput((x.x, x.weight, x.bias), 1.0 / normalizer, clamp)
 
 
 def run(
@@ -72,18 +104,13 @@ def run(
     problem = problem_of(x)
     spec = problem.spec
     assert legal(x, cfg)
-    if x.g is not None:
-        gate = GateInput((_laid_out(x.g, stride_unit(spec.K)),))
-    else:
-        assert x.x is not None
-        clamp = STEP_MIN if clamp_min is None else clamp_min
-        gate = GateInput((x.x, x.weight, x.bias), 1.0 / normalizer, clamp)
+    gate = gate_input(x, normalizer, clamp_min)
     with mock.patch.object(torch, "empty", nan_filled):
         o, state = run_forward(
             interpreted_plan(problem, cfg),
-            _laid_out(x.q, stride_unit(spec.K)),
-            _laid_out(x.k, stride_unit(spec.K)),
-            _laid_out(x.v, stride_unit(spec.V)),
+            laid_out(x.q, stride_unit(spec.K)),
+            laid_out(x.k, stride_unit(spec.K)),
+            laid_out(x.v, stride_unit(spec.V)),
             gate,
             spec.K**-0.5 if scale is None else scale,
             x.initial_state,
@@ -91,16 +118,6 @@ def run(
         )
     assert state is not None
     return o, state
-
-
-def dense_gate(x: Inputs, dtype: torch.dtype, **gate: Any) -> Tensor:
-    if x.g is not None:
-        return x.g.to(dtype)
-    assert x.x is not None
-    assert x.weight is not None
-    bias = None if x.bias is None else x.bias.to(dtype)
-    heads = x.q.shape[2]
-    return lowrank_gate(x.x.to(dtype), x.weight.to(dtype), bias, num_heads=heads, **gate)
 
 
 def truth(x: Inputs, *, scale: float | None = None, **gate: Any) -> tuple[Tensor, Tensor]:
@@ -166,3 +183,157 @@ def configs(draw: st.DrawFn) -> ForwardConfig:
         summary_chunk=summary,
         tma=draw(st.booleans()),
     )
+
+
+# --- backward ---------------------------------------------------------------------------------
+
+
+def backward_config(
+    chunk: int = 16,
+    block_k: int = 16,
+    block_v: int = 16,
+    *,
+    states_chunk: int = 0,
+    dv_chunk: int = 0,
+    tma: bool = False,
+) -> BackwardConfig:
+    """``dv_chunk`` is that of ``gla_bwd_dv``; 0: ``gla_bwd`` makes dv itself."""
+    return BackwardConfig(
+        ChunkKernelConfig(states_chunk or chunk, 16, 4, 2, tma),
+        TileKernelConfig(chunk, block_k, block_v, 4, 2, tma, dv=not dv_chunk),
+        ChunkKernelConfig(dv_chunk, block_v, 4, 2, tma) if dv_chunk else None,
+    )
+
+
+@st.composite
+def backward_configs(draw: st.DrawFn) -> BackwardConfig:
+    """Configs of every chunk, tile and copy mode, for ``fitted``."""
+    chunk = draw(st.sampled_from([16, 32]))
+    return backward_config(
+        chunk,
+        draw(st.sampled_from([16, 32])),
+        draw(st.sampled_from([16, 32])),
+        states_chunk=draw(st.sampled_from([16, chunk])),
+        dv_chunk=draw(st.sampled_from([0, 16, 32])),
+        tma=draw(st.booleans()),
+    )
+
+
+def fitted(x: Inputs, cfg: BackwardConfig) -> BackwardConfig:
+    """The legal config nearest to one that may not be, for this problem."""
+    spec = problem_of(x).spec
+    rows = (spec.K * spec.dtype.itemsize, spec.V * spec.dtype.itemsize)
+    aligned = all(size % 16 == 0 for size in (*rows, spec.K * spec.gate_dtype.itemsize))
+    block_k = min(cfg.grads.block_k, padded_k(spec))
+    dv_chunk = cfg.dv.chunk if cfg.dv else 0
+    return backward_config(
+        cfg.grads.chunk,
+        block_k,
+        min(cfg.grads.block_v, padded_v(spec)),
+        states_chunk=cfg.states.chunk,
+        dv_chunk=dv_chunk or (16 if block_k < padded_k(spec) else 0),
+        tma=cfg.grads.tma and aligned,
+    )
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A kernel that keeps a copy of the flags each of its launches leaves."""
+
+    kernel: Kernel
+    flags: list[Tensor]
+
+    def run(self, tensors: Sequence[Tensor | None], scalars: Sequence[Any], grid: int) -> None:
+        self.kernel.run(tensors, scalars, grid)
+        assert tensors[-1] is not None
+        self.flags.append(tensors[-1].clone())
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What a backward pass gave.
+
+    Attributes:
+        grads: by name; dg, or dx, dweight and dbias.
+        flags: of each window's programs, 1 where they left the fast kernel's range; windows from
+            the last to the first.
+    """
+
+    grads: dict[str, Tensor]
+    flags: list[Tensor]
+
+    @property
+    def redone(self) -> int:
+        """Programs that the exact kernel did again."""
+        return sum(int(flags.sum()) for flags in self.flags)
+
+
+def windows_of(chunks: int) -> AbstractContextManager[object]:
+    """Windows of so many chunks, however little memory they would take together."""
+
+    def windows(problem: Problem, chunk: int) -> tuple[int, int]:
+        return math.ceil(problem.T / (chunks * chunk)), chunks * chunk
+
+    return mock.patch.object(backward, "windows", windows)
+
+
+def run_gradients(
+    x: Inputs,
+    cfg: BackwardConfig,
+    do: Tensor,
+    dht: Tensor | None = None,
+    *,
+    dh0: bool = True,
+    scale: float | None = None,
+    normalizer: float = 16.0,
+    clamp_min: float | None = None,
+) -> Backward:
+    """Gradients by the kernels, every allocation filled with NaN before."""
+    problem = problem_of(x)
+    spec = problem.spec
+    assert legal(x, cfg)
+    plan = interpreted_plan(problem, cfg)
+    flags: list[Tensor] = []
+    kernels = {**plan.kernels, "gla_bwd": _Watched(plan.kernels["gla_bwd"], flags)}
+    with mock.patch.object(torch, "empty", nan_filled):
+        dq, dk, dv, gates, dstate = run_backward(
+            replace(plan, kernels=kernels),
+            laid_out(x.q, stride_unit(spec.K)),
+            laid_out(x.k, stride_unit(spec.K)),
+            laid_out(x.v, stride_unit(spec.V)),
+            gate_input(x, normalizer, clamp_min),
+            spec.K**-0.5 if scale is None else scale,
+            x.initial_state,
+            laid_out(do, stride_unit(spec.V)),
+            dht,
+            dh0=dh0,
+        )
+    names = ("dg",) if x.g is not None else ("dx", "dweight", "dbias")
+    named = {"dq": dq, "dk": dk, "dv": dv, **dict(zip(names, gates, strict=True)), "dh0": dstate}
+    assert (dstate is not None) == dh0
+    assert all(bool(((f == 0) | (f == 1)).all()) for f in flags)
+    return Backward({name: t for name, t in named.items() if t is not None}, flags)
+
+
+def assert_gradients_right(
+    x: Inputs,
+    cfg: BackwardConfig,
+    *,
+    seed: int = 0,
+    end: bool = True,
+    dh0: bool = True,
+    **options: Any,
+) -> Backward:
+    """Gradients by the kernels are those in fp64, within the budget of the input dtype."""
+    do, dht = ends_of(x, seed)
+    some = dht if end else None
+    found = run_gradients(x, cfg, do, some, dh0=dh0, **options)
+    true = true_gradients(x, do, some, **options)
+    budgets = dict.fromkeys(found.grads, FP32_GRADIENT_BUDGET)
+    if x.q.dtype == torch.float16:
+        rounded = rounded_gradients(x, do, some, **options)
+        for name, error in gradient_errors(rounded, *true).items():
+            budgets[name] = max(2 * error, FP16_GRADIENT_FLOOR)
+    for name, error in gradient_errors(found.grads, *true).items():
+        assert error <= budgets[name], f"{name}: error {error:.2e}, budget {budgets[name]:.2e}"
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glac.errors import InputError
-from glac.reference import lowrank_gate, relative_rms
+from glac.reference import lowrank_gate, lowrank_gate_backward, relative_rms
 from glac.testing import HARD_GATE_VALUES, hard_gates, make_inputs
 
 FP64 = torch.float64
@@ -151,3 +152,76 @@ def test_hard_gates_contain_every_hard_value(seed: int) -> None:
     assert not bool(constant.all())
     with pytest.raises(InputError, match="shape must be"):
         hard_gates((2, 70, 2))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 20),
+    heads=st.integers(1, 3),
+    keys=st.integers(1, 9),
+    rank=st.integers(1, 9),
+    normalizer=st.floats(0.5, 32.0),
+    with_bias=st.booleans(),
+    clamp=st.none() | st.floats(-1.0, 0.0),
+    seed=st.integers(0, 2**16),
+)
+def test_gradients_equal_autograd(
+    tokens: int,
+    heads: int,
+    keys: int,
+    rank: int,
+    normalizer: float,
+    with_bias: bool,
+    clamp: float | None,
+    seed: int,
+) -> None:
+    inputs = make_inputs(
+        2, tokens, heads, keys, 1, dtype=FP64, gate="lowrank", rank=rank, seed=seed
+    )
+    assert inputs.x is not None
+    assert inputs.weight is not None
+    bias = inputs.bias if with_bias else None
+    leaves = [t for t in (inputs.x, inputs.weight, bias) if t is not None]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    options: dict[str, Any] = {"normalizer": normalizer, "clamp_min": clamp}
+    g = lowrank_gate(inputs.x, inputs.weight, bias, num_heads=heads, **options)
+    dg = torch.randn(g.shape, dtype=FP64, generator=torch.Generator().manual_seed(seed))
+    wanted = torch.autograd.grad(g, leaves, dg)
+    found = lowrank_gate_backward(inputs.x, inputs.weight, bias, dg, **options)
+    assert (found[2] is None) == (bias is None)
+    for a, b in zip(found, wanted, strict=False):
+        assert a is not None
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_a_gate_at_its_bound_passes_its_gradient() -> None:
+    x, weight = torch.zeros(1, 1, 1), torch.ones(1, 1)
+    at = float(lowrank_gate(x, weight, num_heads=1))  # representable in fp32, so it is met exactly
+    one = torch.ones(1, 1, 1, 1)
+    for clamp, passes in ((at - 1e-3, True), (at, True), (at + 1e-3, False)):
+        (dx, _, _) = lowrank_gate_backward(x, weight, None, one, clamp_min=clamp)
+        assert bool(dx != 0) == passes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gradients_of_parameters_stay_in_fp32(dtype: torch.dtype) -> None:
+    x = make_inputs(1, 33, 2, 8, 8, dtype=dtype, gate="lowrank")
+    assert x.x is not None
+    assert x.weight is not None
+    assert x.bias is not None
+    dg = torch.randn(1, 33, 2, 8)
+    dx, dweight, dbias = lowrank_gate_backward(x.x, x.weight, x.bias, dg)
+    assert dbias is not None
+    assert (dx.dtype, dweight.dtype, dbias.dtype) == (dtype, torch.float32, torch.float32)
+    wide = lowrank_gate_backward(x.x.double(), x.weight.double(), x.bias.double(), dg.double())
+    assert relative_rms(dweight, wide[1]) <= 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lowrank_gate_backward(x.x, x.weight, x.bias, dg)[1], dweight)
+
+
+def test_gradients_need_the_shape_of_the_gate() -> None:
+    x, weight = torch.zeros(2, 3, 8), torch.zeros(12, 8)
+    for shape in ((2, 3, 12), (2, 3, 3, 3), (2, 4, 3, 4)):
+        with pytest.raises(InputError, match="dg must have shape"):
+            lowrank_gate_backward(x, weight, None, torch.zeros(shape))

@@ -15,6 +15,7 @@ from glac.configs import ChunkKernelConfig, ForwardConfig
 from glac.errors import CompileError, GlacError, StudyError
 from glac.gpus import GPUS
 from glac.kernelspec import KernelSpec
+from glac.problem import Op
 from glac.tuning import candidates as candidates_module
 from glac.tuning.candidates import (
     check_usable,
@@ -141,7 +142,7 @@ def test_other_templates_or_toolchains_start_afresh(
         check_usable(made, GPUS["a100"])
     index = tmp_path / "c" / "candidates.json"
     data = json.loads(index.read_text())
-    data["templates_sha256"] = "0" * 64
+    data["templates_sha256"]["forward"] = "0" * 64
     index.write_text(json.dumps(data))
     with pytest.raises(StudyError, match="other kernel templates"):
         check_usable(load_candidates(tmp_path / "c"), GPU)
@@ -156,7 +157,7 @@ def test_broken_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(StudyError, match="left as it is"):
         compile_candidates([SPACE], GPU, tmp_path)
-    broken: list[Any] = ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "problems": [1]}']
+    broken: list[Any] = ["", "[]", "{}", '{"schema": 1}', '{"schema": 2, "problems": [1]}']
     for text in broken:
         (tmp_path / "candidates.json").write_text(text)
         with pytest.raises(StudyError, match="broken"):
@@ -165,9 +166,11 @@ def test_broken_and_foreign_folders_are_refused(tmp_path: Path) -> None:
 
 def test_problems_are_chosen_from_the_folder(tmp_path: Path) -> None:
     made = candidates_module.Candidates(
-        tmp_path, "h100", "sm_90a", (SPACE,), {}, {"triton": "3", "ptxas": "12"}, "", "", True
+        tmp_path, "h100", "sm_90a", (SPACE,), {}, {"triton": "3", "ptxas": "12"}, {}, "", True
     )
     assert choose_spaces(made, None, GPU, "standard") == [SPACE]
     with pytest.raises(StudyError, match="no candidates for"):
         choose_spaces(made, [OTHER], GPU, "standard")
     assert len(choose_spaces(made, [PROBLEM], GPU, "quick")[0].configs) >= 1
+    with pytest.raises(StudyError, match="no candidates for backward"):
+        choose_spaces(made, None, GPU, "standard", [Op.BACKWARD])

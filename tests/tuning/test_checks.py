@@ -10,12 +10,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from glac.configs import ChunkKernelConfig, ForwardConfig
-from glac.forward import Kernel
-from glac.kernelspec import forward_kernels
-from glac.problem import DType, Gate, Problem, Specialisation
-from glac.reference import lowrank_gate, yardstick_chunk_gla
-from glac.tuning import checks
+from glac.configs import (
+    BackwardConfig,
+    ChunkKernelConfig,
+    Config,
+    ForwardConfig,
+    TileKernelConfig,
+    default_backward,
+)
+from glac.gpus import GPUS
+from glac.kernelspec import config_kernels
+from glac.plan import GateInput, Kernel, Plan
+from glac.problem import DType, Gate, Op, Problem, Specialisation
+from glac.reference import (
+    lowrank_gate,
+    recurrent_gla,
+    yardstick_chunk_gla,
+    yardstick_chunk_gla_backward,
+)
+from glac.tuning import cases, checks
 from glac.tuning.checks import Checker
 from glac.tuning.evaluate import NOT_REPEATABLE, OK, WRONG, Effort, Outcome
 from glac.tuning.space import make_problem
@@ -57,7 +70,7 @@ class FakeKernel:
 
 
 def checker(problem: Problem, spoil: Spoil | None = None) -> Checker:
-    def load(spec: Specialisation, config: ForwardConfig) -> Mapping[str, Kernel]:
+    def load(spec: Specialisation, config: Config) -> Mapping[str, Kernel]:
         return {"gla_fwd": FakeKernel(spec, spoil)}
 
     effort = Effort(samples=6, early=3)
@@ -153,27 +166,180 @@ def test_comparison_takes_turns() -> None:
 def test_slices_cover_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = checker(VECTOR).yardstick.error
     for limit in (1, 96 * 24, 96 * 24 * 2, 96 * 24 * 3):
-        monkeypatch.setattr(checks, "_SLICE_ELEMENTS", limit)
+        monkeypatch.setattr(cases, "_SLICE_ELEMENTS", limit)
         seen = torch.zeros(2, 2)
-        for b, h in checks._slices(VECTOR):
+        for b, h in cases.slices(VECTOR):
             seen[b, h] += 1
         assert bool((seen == 1).all())
         assert checker(VECTOR).yardstick.error == pytest.approx(whole, rel=1e-6)
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("gate", list(Gate))
-def test_the_real_kernels_pass(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+# The backward pass.
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor | None]
+SpoilGradients = Callable[[dict[str, Tensor]], None]
+
+
+def fake_backward(spoil: SpoilGradients | None) -> Callable[..., Gradients]:
+    """In place of ``run_backward``: what the yardstick computes, then spoilt."""
+
+    def run(
+        plan: Plan[BackwardConfig],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: GateInput,
+        scale: float,
+        initial_state: Tensor | None,
+        do: Tensor,
+        dht: Tensor | None,
+        *,
+        dh0: bool,
+    ) -> Gradients:
+        assert dh0 == (dht is not None)
+        leaves = [x.detach().float().requires_grad_() for x in gate.tensors if x is not None]
+        with torch.enable_grad():
+            g = leaves[0]
+            if gate.lowrank:
+                normalizer = 1 / gate.inv_normalizer
+                g = lowrank_gate(*leaves, num_heads=q.shape[2], normalizer=normalizer)
+        near = yardstick_chunk_gla_backward(
+            q, k, v, g.detach(), do, scale=scale, initial_state=initial_state, dht=dht
+        )
+        found = torch.autograd.grad(g, leaves, near.dg) if gate.lowrank else (near.dg,)
+        gates = tuple(
+            x.to(like.dtype)
+            for x, like in zip(found, gate.tensors, strict=True)
+            if like is not None
+        )
+        named = {"dq": near.dq, "dk": near.dk, "dv": near.dv, "gate": gates[0]}
+        if near.dh0 is not None:
+            named["dh0"] = near.dh0
+        if spoil:
+            spoil(named)
+        return near.dq, near.dk, near.dv, gates, near.dh0
+
+    return run
+
+
+def gradients(
+    monkeypatch: pytest.MonkeyPatch, problem: Problem = VECTOR, spoil: SpoilGradients | None = None
+) -> Outcome:
+    """What becomes of a backward candidate that computes what ``fake_backward`` does."""
+    monkeypatch.setattr(cases, "run_backward", fake_backward(spoil))
+    config = default_backward(problem.spec, GPUS["h100"], problem.bucket)
+    checker = Checker(
+        problem,
+        torch.device("cpu"),
+        lambda spec, config: {},
+        HostStopwatch(),
+        Effort(samples=6, early=3),
+        op=Op.BACKWARD,
+    )
+    assert 0 < checker.yardstick.error < 2e-2
+    return checker.evaluate(config, None)
+
+
+WIDE = make_problem((2, 96, 2, 16, 24), gate_dtype=DType.FP32)
+
+
+@pytest.mark.parametrize("problem", [VECTOR, LOWRANK, WIDE], ids=str)
+def test_right_gradients_pass(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = gradients(monkeypatch, problem)
+    assert outcome.status == OK, outcome.reason
+    assert outcome.us
+    assert 0 < outcome.error < 2e-2
+    assert 0 < outcome.hard_error < 2e-2
+
+
+@pytest.mark.parametrize("problem", [VECTOR, LOWRANK], ids=str)
+@pytest.mark.parametrize("name", ["dq", "dk", "dv", "gate", "dh0"])
+def test_each_gradient_is_checked(
+    problem: Problem, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(found: dict[str, Tensor]) -> None:
+        if name in found:
+            found[name].mul_(1.05)
+
+    outcome = gradients(monkeypatch, problem, spoil)
+    assert outcome.status == WRONG
+    shown = ("dg" if problem is VECTOR else "dx") if name == "gate" else name
+    assert outcome.reason.startswith(f"mild gates, T=173: {shown}: error")
+
+
+def test_a_gradient_with_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(found: dict[str, Tensor]) -> None:
+        if found["dq"].shape[1] == 96:
+            found["gate"][1, 3, 0, 5] = math.nan
+
+    outcome = gradients(monkeypatch, VECTOR, spoil)
+    assert outcome.status == WRONG
+    assert outcome.reason == "dg has NaN or inf"
+
+
+def test_gradients_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(1000))
+
+    def spoil(found: dict[str, Tensor]) -> None:
+        if found["dq"].shape[1] == 96 and next(calls) == 1:
+            found["dv"][0, 0, 0, 0] += 2.0**-5
+
+    assert gradients(monkeypatch, VECTOR, spoil).status == NOT_REPEATABLE
+
+
+def test_gradients_through_a_gate_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    whole = cases.tuned_case(Op.BACKWARD, LOWRANK, device, 0)
+    monkeypatch.setattr(cases, "_SLICE_ELEMENTS", 1)
+    parts = cases.tuned_case(Op.BACKWARD, LOWRANK, device, 0)
+    assert set(whole.truth) == {"dq", "dk", "dv", "dx", "dweight", "dbias"}
+    for name, truth in whole.truth.items():
+        torch.testing.assert_close(parts.truth[name], truth, rtol=1e-6, atol=1e-6)
+        assert parts.yardstick[name].total == pytest.approx(whole.yardstick[name].total, rel=0.05)
+    # Autograd through gate and recurrence at once.
+    i = whole.inputs
+    assert i.x is not None
+    assert i.weight is not None
+    assert i.bias is not None
+    assert isinstance(whole, cases.BackwardCase)
+    leaves = [x.double().requires_grad_() for x in (i.x, i.weight, i.bias)]
+    g = lowrank_gate(*leaves, num_heads=LOWRANK.H)
+    out, _ = recurrent_gla(i.q.double(), i.k.double(), i.v.double(), g)
+    found = torch.autograd.grad(out, leaves, whole.do.double())
+    for name, value in zip(("dx", "dweight", "dbias"), found, strict=True):
+        torch.testing.assert_close(whole.truth[name], value.float(), rtol=1e-5, atol=1e-5)
+
+
+# The real kernels.
+
+
+def interpreted(spec: Specialisation, config: Config) -> Mapping[str, Kernel]:
     from glac.interpret import InterpretedKernel
 
-    def load(spec: Specialisation, config: ForwardConfig) -> Mapping[str, Kernel]:
-        kernels = forward_kernels(spec, config, "sm_90a")
-        return {k.template: InterpretedKernel(k) for k in kernels}
+    kernels = config_kernels(spec, config, "sm_90a")
+    return {k.template: InterpretedKernel(k) for k in kernels}
 
-    monkeypatch.setattr(checks, "_RAGGED_TOKENS", 37)
+
+REAL = [
+    WHOLE,
+    ForwardConfig(TILE, 16, TILE),
+    BackwardConfig(TILE, TileKernelConfig(16, 16, 16, 4, 2, dv=True)),
+    BackwardConfig(TILE, TileKernelConfig(32, 16, 16, 4, 2), TILE),
+]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("gate", list(Gate))
+@pytest.mark.parametrize("config", REAL, ids=lambda config: config.slug)
+def test_the_real_kernels_pass(
+    config: Config, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "RAGGED_TOKENS", 37)
     rank = 16 if gate is Gate.LOWRANK else 0
     problem = make_problem((1, 64, 1, 16, 16), gate, rank, DType.FP32)
-    case = Checker(problem, torch.device("cpu"), load, HostStopwatch(), Effort(samples=3))
-    for config in (WHOLE, ForwardConfig(TILE, 16, TILE)):
-        outcome = case.evaluate(config, None)
-        assert outcome.status == OK, outcome.reason
+    effort = Effort(samples=3)
+    device = torch.device("cpu")
+    case = Checker(problem, device, interpreted, HostStopwatch(), effort, op=config.op)
+    outcome = case.evaluate(config, None)
+    assert outcome.status == OK, outcome.reason

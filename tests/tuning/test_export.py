@@ -11,16 +11,18 @@ import pytest
 
 from glac import cli
 from glac import compile as compile_module
-from glac.configs import ChunkKernelConfig, ForwardConfig
+from glac.configs import ChunkKernelConfig, Config, ForwardConfig
 from glac.errors import ConfigError, StudyError
 from glac.gpus import GPUS
-from glac.tuned import load_tuned
+from glac.problem import Op
+from glac.tuned import dump_tuned, load_tuned
 from glac.tuning import run as run_module
 from glac.tuning.candidates import Candidates, compile_candidates
 from glac.tuning.evaluate import Device, Outcome, ReplayEvaluator
 from glac.tuning.export import export
 from glac.tuning.space import Space, make_problem
 from glac.tuning.study import Choice, Report, Result
+from tests.helpers_packs import BACKWARD, tuned_file, tuned_row
 
 pytest.importorskip("triton")
 try:
@@ -48,7 +50,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Candidates:
 
 
 def result(index: int, winner: ForwardConfig, us: float = 50.0) -> Result:
-    outcomes = {c: Outcome("ok", us=us + i, error=2e-3) for i, c in enumerate(CONFIGS)}
+    outcomes: dict[Config, Outcome] = {
+        c: Outcome("ok", us=us + i, error=2e-3) for i, c in enumerate(CONFIGS)
+    }
     choice = Choice(winner, us, 60.0, 0.01234567, True)
     return Result(PROBLEMS[index], CONFIGS[0], 1.5e-3, outcomes, choice, {}, 3)
 
@@ -88,10 +92,26 @@ def test_rows_of_other_problems_stay(compiled: Candidates, tmp_path: Path) -> No
     rows = {row.problem: row for row in load_tuned(path).rows}
     assert rows[PROBLEMS[0]].config == CONFIGS[0]
     assert rows[PROBLEMS[1]].config == CONFIGS[1]
-    other = replace(compiled, templates_sha256="0" * 64)
+    other = replace(compiled, templates_sha256={Op.FORWARD: "0" * 64})
     assert (
         "certified with other templates" in write(other, path, result(1, CONFIGS[1])).warnings[0]
     )
+
+
+def test_rows_of_another_op_stay(compiled: Candidates, tmp_path: Path) -> None:
+    path = tmp_path / "h100.yaml"
+    row = tuned_row(PROBLEMS[0], BACKWARD)
+    old = tuned_file()
+    hashes = {Op.BACKWARD: "0" * 64}
+    environment = replace(
+        old.environment, ptxas=compiled.toolchain["ptxas"], templates_sha256=hashes
+    )
+    dump_tuned(replace(old, environment=environment, rows=(row,)), path)
+    written = write(compiled, path, result(0, CONFIGS[1]))
+    assert (written.kept, written.replaced, written.warnings) == (1, 0, ())
+    file = load_tuned(path)
+    assert [r.op for r in file.rows] == [Op.FORWARD, Op.BACKWARD]
+    assert file.environment.templates_sha256 == {**compiled.templates_sha256, **hashes}
 
 
 def test_nothing_that_works_writes_nothing(compiled: Candidates, tmp_path: Path) -> None:
@@ -128,7 +148,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         def device(self) -> Device:
             return DEVICE
 
-        def evaluate(self, config: ForwardConfig, best_us: float | None) -> Outcome:
+        def evaluate(self, config: Config, best_us: float | None) -> Outcome:
             if table.get("interrupt") and len(self.calls) == 2:
                 raise KeyboardInterrupt
             return super().evaluate(config, best_us)
@@ -213,11 +233,13 @@ def test_without_a_gpu_the_command_says_what_still_works(
     assert "--compile-only" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("op", list(Op))
 def test_compile_only_from_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], op: Op
 ) -> None:
-    words = ["--gpu", "h100", "--shape", "1,64,1,16,16", "--effort", "quick"]
+    words = ["--gpu", "h100", "--shape", "1,64,1,16,16", "--op", op.value, "--effort", "quick"]
     assert tune(*words, "--compile-only", tmp_path / "c", "--no-progress", "--json") == 0
     data = json.loads(capsys.readouterr().out)["data"]
     assert data["kernels"] + len(data["failures"]) == data["problems"][0]["kernels"]
     assert data["problems"][0]["candidates"] <= 12
+    assert [item["op"] for item in data["problems"]] == [op.value]

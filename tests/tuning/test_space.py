@@ -5,20 +5,28 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from glac.configs import default_forward, is_legal
+from glac.configs import (
+    BackwardConfig,
+    Config,
+    ForwardConfig,
+    default_config,
+    is_legal,
+)
 from glac.errors import ConfigError
 from glac.gpus import GPUS
-from glac.kernelspec import forward_kernels
-from glac.problem import DType, Gate, Problem
+from glac.kernelspec import config_kernels
+from glac.problem import DType, Gate, Op, Problem
 from glac.tuning.space import (
     EXHAUSTIVE,
     QUICK_CANDIDATES,
     SUITES,
-    candidates,
+    Space,
     make_problem,
+    parameter_choices,
     parameters,
     space,
 )
@@ -31,53 +39,99 @@ ODD = tuple(
 )
 
 
+def forward(problem: Problem, gpu: str = "h100") -> list[ForwardConfig]:
+    found = space(problem, GPUS[gpu]).configs
+    return [config for config in found if isinstance(config, ForwardConfig)]
+
+
+def backward(problem: Problem, gpu: str = "h100") -> list[BackwardConfig]:
+    found = space(problem, GPUS[gpu], op=Op.BACKWARD).configs
+    return [config for config in found if isinstance(config, BackwardConfig)]
+
+
+def named(config: Config, names: dict[str, Any]) -> tuple[Any, ...]:
+    values = parameters(config)
+    assert set(values) == set(names)
+    assert all(values[name] in names[name] for name in names)
+    return tuple(values[name] for name in names)
+
+
+@pytest.mark.parametrize("op", list(Op))
 @pytest.mark.parametrize("problem", [*PROBLEMS, *ODD], ids=str)
 @pytest.mark.parametrize("gpu", ["h100", "a100"])
-def test_candidates_are_legal_and_distinct(problem: Problem, gpu: str) -> None:
-    found = candidates(problem, GPUS[gpu])
-    assert found[0] == default_forward(problem.spec, GPUS[gpu], problem.bucket)
-    assert len(set(found)) == len(found) == len({c.slug for c in found})
-    assert all(is_legal(problem.spec, c, GPUS[gpu]) for c in found)
+def test_candidates_are_legal_and_distinct(problem: Problem, gpu: str, op: Op) -> None:
+    found = space(problem, GPUS[gpu], op=op)
+    configs = found.configs
+    assert found.op is op
+    assert configs[0] == default_config(op, problem.spec, GPUS[gpu], problem.bucket)
+    assert len(set(configs)) == len(configs) == len({c.slug for c in configs})
+    assert all(is_legal(problem.spec, c, GPUS[gpu]) for c in configs)
     # A sampler must be able to name every candidate.
-    assert len({tuple(parameters(c).values()) for c in found}) == len(found)
-    assert all(c.segment == 0 or 2 * c.segment <= problem.T for c in found[1:])
+    names = parameter_choices(found)
+    assert len({named(config, names) for config in configs}) == len(configs)
+
+
+@pytest.mark.parametrize("problem", [*PROBLEMS, *ODD], ids=str)
+def test_segments_are_at_most_half_a_sequence(problem: Problem) -> None:
+    assert all(c.segment == 0 or 2 * c.segment <= problem.T for c in forward(problem)[1:])
 
 
 @pytest.mark.parametrize("problem", SUITES["standard"], ids=str)
 def test_standard_problems_can_be_tried_whole(problem: Problem) -> None:
     gpu = GPUS["h100"]
-    found = candidates(problem, gpu)
+    found = forward(problem)
     assert 60 <= len(found) <= EXHAUSTIVE
     assert sum(c.segment == 0 for c in found) >= 50
-    kernels = {k for c in found for k in forward_kernels(problem.spec, c, gpu.arch)}
+    kernels = {k for c in found for k in config_kernels(problem.spec, c, gpu.arch)}
     assert len(kernels) <= EXHAUSTIVE
 
 
+@pytest.mark.parametrize("problem", SUITES["standard"], ids=str)
+def test_backward_can_be_tried_whole(problem: Problem) -> None:
+    found = backward(problem)
+    assert 60 <= len(found) <= EXHAUSTIVE
+    # Few kernels, combined: a kernel costs far more to compile than a combination to time.
+    kernels = {k for c in found for k in config_kernels(problem.spec, c, "sm_90a")}
+    assert len(kernels) <= 40
+    for part in ("states", "grads", "dv"):
+        assert len({getattr(c, part) for c in found}) >= 3
+    if problem.spec.K <= 128:
+        assert {c.dv is None for c in found} == {True, False}
+    assert any(c.grads.tma for c in found)
+    assert not any(c.grads.tma or c.states.tma for c in backward(problem, "a100"))
+
+
 def test_segments_only_where_programs_are_few() -> None:
-    gpu = GPUS["h100"]
     many = make_problem((16, 2048, 32, 128, 128))
     few = make_problem((1, 4096, 4, 128, 128))
     long = make_problem((16, 16384, 32, 128, 128))
-    assert not any(c.segment for c in candidates(many, gpu))
-    assert {c.segment for c in candidates(few, gpu)} >= {0, 256, 512}
-    assert any(c.segment for c in candidates(long, gpu))
+    assert not any(c.segment for c in forward(many))
+    assert {c.segment for c in forward(few)} >= {0, 256, 512}
+    assert any(c.segment for c in forward(long))
 
 
-def test_quick_is_a_part_of_the_whole() -> None:
+@pytest.mark.parametrize("op", list(Op))
+def test_quick_is_a_part_of_the_whole(op: Op) -> None:
     gpu = GPUS["h100"]
     for problem in SUITES["standard"]:
-        quick = space(problem, gpu, "quick")
-        assert len(quick.configs) <= QUICK_CANDIDATES
+        quick = space(problem, gpu, "quick", op)
+        assert 6 <= len(quick.configs) <= QUICK_CANDIDATES
         assert quick.configs[0] == quick.default
-        assert set(quick.configs) <= set(candidates(problem, gpu))
+        assert set(quick.configs) <= set(space(problem, gpu, op=op).configs)
     with pytest.raises(ConfigError, match="effort"):
-        space(SUITES["quick"][0], gpu, "heroic")
+        space(SUITES["quick"][0], gpu, "heroic", op)
 
 
 def test_descriptors_only_on_hopper() -> None:
     problem = SUITES["quick"][0]
-    assert any(c.fwd.tma for c in candidates(problem, GPUS["h100"]))
-    assert not any(c.fwd.tma for c in candidates(problem, GPUS["a100"]))
+    assert any(c.fwd.tma for c in forward(problem))
+    assert not any(c.fwd.tma for c in forward(problem, "a100"))
+
+
+def test_a_space_is_named_by_problem_and_op() -> None:
+    problem = make_problem((1, 64, 2, 16, 16))
+    found: Space = space(problem, GPUS["h100"], op=Op.BACKWARD)
+    assert str(found) == f"{problem} backward"
 
 
 def test_suites_hold_the_published_problems() -> None:
@@ -110,7 +164,10 @@ def test_dry_run_needs_no_gpu() -> None:
     data = json.loads(done.stdout)
     assert data["schema"] == 1
     assert data["ok"] is True
-    assert data["data"]["candidates"] == QUICK_CANDIDATES
+    assert data["data"]["candidates"] == 2 * QUICK_CANDIDATES
+    assert [row["op"] for row in data["data"]["problems"]] == ["forward", "backward"]
+    one = glac("--gpu", "h100", "--dry-run", "--suite", "quick", "--op", "forward", "--json")
+    assert json.loads(one.stdout)["data"]["candidates"] == QUICK_CANDIDATES
     text = glac("--gpu", "a100", "--dry-run", "--shape", "1,64,2,16,16", "--rank", "16")
     assert text.returncode == 0, text.stderr
     assert "k16_v16_lowrank16_bf16" in text.stdout
@@ -124,6 +181,7 @@ def test_dry_run_needs_no_gpu() -> None:
         ("--gpu", "h100", "--shape", "1,2,3,4,5", "--gate", "vector", "--rank", "16"),
         ("--gpu", "h100", "--compile-only", "a", "--from", "b"),
         ("--gpu", "h100", "--shape", "1,2,3"),
+        ("--gpu", "h100", "--op", "sideways"),
         ("--gpu", "tpu"),
     ],
 )

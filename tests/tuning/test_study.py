@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from glac.configs import ChunkKernelConfig, ForwardConfig
+from glac.configs import ChunkKernelConfig, Config, ForwardConfig
 from glac.errors import MissingEnvironmentError, StudyError
 from glac.gpus import GPUS
+from glac.problem import Op, Problem
 from glac.tuning import study
-from glac.tuning.evaluate import CRASHED, EFFORT, WRONG, Outcome, ReplayEvaluator
+from glac.tuning.evaluate import CRASHED, EFFORT, WRONG, Outcome, ReplayEvaluator, Yardstick
 from glac.tuning.progress import Progress, duration
 from glac.tuning.space import Space, make_problem, space
 from glac.tuning.study import Report, decide, run_study
@@ -102,6 +103,30 @@ def _trials(storage: Path) -> list[Any]:
     return list(optuna.load_study(study_name=name, storage=opened).trials)
 
 
+def test_ops_of_one_problem_are_studied_apart(tmp_path: Path) -> None:
+    backward = space(PROBLEM, GPUS["h100"], "quick", Op.BACKWARD)
+    table = times() | {c.slug: 300.0 - i for i, c in enumerate(backward.configs)}
+    evaluator = ReplayEvaluator(table)
+    storage = tmp_path / "s.journal"
+    report = run_study([TINY, backward], evaluator, storage, gpu="h100")
+    assert [result.op for result in report.results] == [Op.FORWARD, Op.BACKWARD]
+    choice = report.results[1].choice
+    assert choice is not None
+    assert choice.config == backward.configs[-1]
+    again = ReplayEvaluator({})
+    assert run_study([backward, TINY], again, storage, gpu="h100").results == report.results[::-1]
+    assert again.calls == []
+
+
+@pytest.mark.parametrize("op", list(Op))
+def test_a_sampler_searches_either_op(tmp_path: Path, op: Op) -> None:
+    tried = space(make_problem((16, 2048, 8, 128, 128)), GPUS["h100"], op=op)
+    table = {c.slug: 100.0 + i for i, c in enumerate(tried.configs)}
+    report, evaluator = run(tmp_path / "s.journal", table, tried, trials=14)
+    assert len(set(evaluator.calls)) == len(evaluator.calls) == 14
+    assert report.results[0].complete
+
+
 def test_nothing_works(tmp_path: Path) -> None:
     report, _ = run(tmp_path / "s.journal", {})
     assert report.results[0].choice is None
@@ -125,7 +150,7 @@ def test_uncompiled_candidates_are_left_out(tmp_path: Path) -> None:
         evaluator,
         tmp_path / "s.journal",
         gpu="h100",
-        missing=lambda _, c: "too much shared memory" if c.fwd.chunk == 64 else None,
+        missing=lambda _, c: "too much shared memory" if c in CONFIGS[8:] else None,
     )
     assert report.results[0].counts["uncompiled"] == 4
     assert len(evaluator.calls) == 8
@@ -134,7 +159,7 @@ def test_uncompiled_candidates_are_left_out(tmp_path: Path) -> None:
 class Interrupting(ReplayEvaluator):
     """Ctrl-C at the fifth candidate."""
 
-    def evaluate(self, config: ForwardConfig, best_us: float | None) -> Outcome:
+    def evaluate(self, config: Config, best_us: float | None) -> Outcome:
         if len(self.calls) == 4:
             raise KeyboardInterrupt
         return super().evaluate(config, best_us)
@@ -226,7 +251,7 @@ def test_other_devices_and_toolchains_share_nothing(tmp_path: Path) -> None:
     storage = tmp_path / "s.journal"
     run(storage, times())
     evaluator = ReplayEvaluator(times())
-    run_study([TINY], evaluator, storage, gpu="h100", key="triton 9")
+    run_study([TINY], evaluator, storage, gpu="h100", key={Op.FORWARD: "triton 9"})
     assert len(evaluator.calls) == len(CONFIGS)
 
 
@@ -236,6 +261,7 @@ def test_a_large_space_is_searched(tmp_path: Path) -> None:
     large = space(problem, gpu)
     table: dict[str, float | Outcome] = {}
     for c in large.configs:
+        assert isinstance(c, ForwardConfig)
         us = 100.0 + 40 * (c.fwd.chunk != 32) + 30 * (c.segment != 512) + 5 * c.fwd.num_stages
         table[c.slug] = us if c.fwd.num_warps != 2 else Outcome(WRONG, reason="wrong")
     storage = tmp_path / "s.journal"
@@ -252,13 +278,23 @@ def test_a_large_space_is_searched(tmp_path: Path) -> None:
 
 def test_the_default_stays_within_noise() -> None:
     default, other, third = CONFIGS[:3]
-    steady = {default: [100.0] * 5, other: [99.5] * 5, third: [120.0] * 5}
+    steady: dict[Config, list[float]] = {
+        default: [100.0] * 5,
+        other: [99.5] * 5,
+        third: [120.0] * 5,
+    }
     assert decide(default, steady).config == default
     assert decide(default, {**steady, other: [98.0] * 5}).config == other
-    noisy = {default: [100.0, 90, 110, 95, 105], other: [97.0, 88, 108, 93, 103]}
+    noisy: dict[Config, list[float]] = {
+        default: [100.0, 90, 110, 95, 105],
+        other: [97.0, 88, 108, 93, 103],
+    }
     assert decide(default, noisy).config == default
     assert decide(default, noisy).noise > 0.05
-    clear = {default: noisy[default], other: [v / 2 for v in noisy[default]]}
+    clear: dict[Config, list[float]] = {
+        default: noisy[default],
+        other: [v / 2 for v in noisy[default]],
+    }
     assert decide(default, clear).config == other
 
 
@@ -276,13 +312,13 @@ def test_a_comparison_that_fails_falls_back_on_the_first_times(tmp_path: Path) -
 
 def test_a_problem_that_cannot_be_prepared_does_not_end_the_study(tmp_path: Path) -> None:
     class Picky(ReplayEvaluator):
-        def prepare(self, problem: object) -> object:  # type: ignore[override]
+        def prepare(self, problem: Problem, op: Op) -> Yardstick:
             if problem == PROBLEM:
                 raise StudyError("out of memory")
-            return super().prepare(problem)  # type: ignore[arg-type]
+            return super().prepare(problem, op)
 
     other = Space(make_problem((1, 64, 2, 64, 64)), DEFAULT, CONFIGS)
-    report = run_study([TINY, other], Picky(times()), tmp_path / "s.journal", gpu="h100")  # type: ignore[arg-type]
+    report = run_study([TINY, other], Picky(times()), tmp_path / "s.journal", gpu="h100")
     assert report.results[0].error == "out of memory"
     assert report.results[0].choice is None
     assert report.results[1].complete

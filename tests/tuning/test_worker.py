@@ -13,6 +13,7 @@ import pytest
 
 from glac.configs import ChunkKernelConfig, ForwardConfig
 from glac.errors import StudyError
+from glac.problem import Op
 from glac.tuning.evaluate import CRASHED, ERROR, HUNG, OK, WRONG
 from glac.tuning.space import Space, make_problem
 from glac.tuning.study import run_study
@@ -38,7 +39,7 @@ class Session:
     def device(self):
         return Device("fake", "1.0", "2.0")
 
-    def prepare(self, problem):
+    def prepare(self, problem, op):
         print("noise on stdout")
         if self.log:
             with open(self.log, "a") as file:
@@ -126,7 +127,7 @@ def make_worker(tmp_path: Path) -> Iterator[MakeWorker]:
 def test_one_process_serves_many_requests(make_worker: MakeWorker) -> None:
     worker = make_worker()
     assert worker.device().name == "fake"
-    assert worker.prepare(PROBLEM).error == 0.001
+    assert worker.prepare(PROBLEM, Op.FORWARD).error == 0.001
     first = worker.evaluate(GOOD, None)
     second = worker.evaluate(config(16, warps=8), 90.0)
     assert (first.status, first.us, second.us) == (OK, 104.0, 108.5)
@@ -149,7 +150,7 @@ def test_a_bad_candidate_costs_a_process_not_the_study(
     make_worker: MakeWorker, bad: ForwardConfig, status: str, reason: str
 ) -> None:
     worker = make_worker(timeout=1.0 if status == HUNG else 20.0)
-    worker.prepare(PROBLEM)
+    worker.prepare(PROBLEM, Op.FORWARD)
     outcome = worker.evaluate(bad, None)
     assert outcome.status == status
     assert reason in outcome.reason
@@ -159,7 +160,7 @@ def test_a_bad_candidate_costs_a_process_not_the_study(
 
 def test_a_refused_candidate_costs_nothing(make_worker: MakeWorker) -> None:
     worker = make_worker()
-    worker.prepare(PROBLEM)
+    worker.prepare(PROBLEM, Op.FORWARD)
     assert worker.evaluate(config(32, 4), None).status == ERROR
     assert "cannot load" in worker.evaluate(config(32, 4), None).reason
     assert worker.evaluate(config(64, 4), None).status == WRONG
@@ -169,7 +170,7 @@ def test_a_refused_candidate_costs_nothing(make_worker: MakeWorker) -> None:
 
 def test_a_comparison_that_dies_twice_is_empty(make_worker: MakeWorker) -> None:
     worker = make_worker()
-    worker.prepare(PROBLEM)
+    worker.prepare(PROBLEM, Op.FORWARD)
     assert worker.compare([GOOD, config(16, block_v=32)], 2) == [[], []]
     assert worker.evaluate(GOOD, None).ok
 
@@ -178,9 +179,9 @@ def test_a_worker_that_cannot_start_is_an_error(make_worker: MakeWorker) -> None
     with pytest.raises(StudyError, match="no such device"):
         make_worker(fail_start=True).device()
     with pytest.raises(StudyError, match="too large"):
-        make_worker(fail_prepare="raise").prepare(PROBLEM)
+        make_worker(fail_prepare="raise").prepare(PROBLEM, Op.FORWARD)
     with pytest.raises(StudyError, match="exit status 9"):
-        make_worker(fail_prepare="die").prepare(PROBLEM)
+        make_worker(fail_prepare="die").prepare(PROBLEM, Op.FORWARD)
 
 
 def test_a_study_survives_all_of_it(make_worker: MakeWorker, tmp_path: Path) -> None:
@@ -213,11 +214,12 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     log = tmp_path / "pids"
     code = (
         "import os, sys, threading, time\n"
+        "from glac.problem import Op\n"
         "from glac.tuning.worker import WorkerEvaluator\n"
         "from tests_problem import PROBLEM, HANGS\n"
         f"w = WorkerEvaluator({{'log': {str(log)!r}}}, factory='fake_session:make',"
         f" env={{'PYTHONPATH': {str(tmp_path)!r}}})\n"
-        "w.prepare(PROBLEM)\n"
+        "w.prepare(PROBLEM, Op.FORWARD)\n"
         "threading.Thread(target=w.evaluate, args=(HANGS, None), daemon=True).start()\n"
         "time.sleep(0.5)\n"
         "os._exit(0)\n"

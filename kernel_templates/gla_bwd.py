@@ -1,0 +1,296 @@
+"""Backward of gated linear attention: gradients of q, k, gate (and v), walking back in time.
+
+With S the state at a chunk's start, dS the gradient of the state at its end, G the cumulative gate
+in the chunk (log2), tiles anchored at the chunk's start and rounded once (docs/numerics.md):
+
+    qh = scale * q * 2^G            kh = k * 2^-G            dA = tril(do v^T)
+    D  = 2^Gend . dS                x  = dA kh + do S^T      y  = dA^T qh       z = v D^T
+    dq = scale * 2^G . x            dk = 2^-G . (y + z)
+    dg_t = sum_{i>=t} (qh x - kh y)_i + sum_{i<t} (kh z)_i + sum_v S . D
+    dv = tril(qh kh^T)^T do + kh D
+    dS_prev = D + qh^T do
+
+Both sums of dg use the same rounded tiles, so what cancels cancels exactly, and the terms that
+pass through the state are sums without cancellation. A program owns a [BK, BV] tile of dS, in
+registers. Gradients of q, k and gate are complete over V tiles only as a sum, which the caller
+makes; dv is written (DV) where one tile holds all of K, and otherwise by ``gla_bwd_dv``.
+
+One launch covers a window of the sequence, [t_begin, t_end): S at the start of each of its
+chunks comes from ``gla_bwd_states``, and windows keep that small. dS enters a window as ``dht``
+and leaves it as ``dh0``. The anchor's range is tested as in ``gla_fwd``; a program that left it
+says so in ``flags``, and ``gla_bwd_exact`` does its work again.
+
+| tensor | shape           | dtype      | layout                                                |
+|--------|-----------------|------------|-------------------------------------------------------|
+| q, k   | [B, T, H, K]    | io         | any b, t, h stride in units of UK, last dim 1         |
+| v, do  | [B, T, H, V]    | io         | likewise, units of UV                                 |
+| g      | [B, T, H, K]    | io or fp32 | likewise (vector gate), natural log, <= 0             |
+| x      | [B, T, R]       | io         | any b, t stride in units of UR (low rank)             |
+| w      | [H*K, R]        | io         | contiguous                                            |
+| bias   | [H*K]           | io or fp32 | contiguous, absent when has_bias == 0                 |
+| states | [B, H, N, K, V] | state      | contiguous, slot j: before token t_begin + j * BT     |
+| dht    | [B, H, K, V]    | fp32       | contiguous, absent when has_dht == 0                  |
+| dq, dk | [NV, B, T, H, K]| io         | contiguous                                            |
+| dv     | [B, T, H, V]    | io         | contiguous                                            |
+| dg     | [NV, B, T, H, K]| as g       | contiguous (vector gate)                              |
+| dx     | [NV, B, H*NK, T, R] | fp32   | contiguous, a part of each head and K tile (low rank) |
+| dw     | [NV, B, H*K, R] | fp32       | contiguous, a part of each sequence                   |
+| db     | [NV, B, H*K]    | fp32       | contiguous, likewise                                  |
+| dh0    | [B, H, K, V]    | fp32       | contiguous, absent when has_dh0 == 0                  |
+| flags  | [B, H, NK, NV]  | int32      | contiguous, 1 where the program left the range        |
+
+Grid: x = V tiles (fastest) x K tiles x B*H.
+"""
+
+import triton
+import triton.language as tl
+
+from glac.kernel_templates._bwd import (
+    cumulative_log2_t,
+    load_rows,
+    logsigmoid_gate,
+    lowrank_logits_t,
+    store_rows,
+    suffix_sum,
+    triangles,
+)
+from glac.kernel_templates._exact import START_RANGE_LOG2
+from glac.kernel_templates._gate import LOG2E, operand
+
+
+@triton.jit
+def gla_bwd(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    v,  # [B, T, H, V]
+    g,  # [B, T, H, K]
+    x,  # [B, T, R]
+    w,  # [H*K, R]
+    bias,  # [H*K]
+    do,  # [B, T, H, V]
+    states,  # [B, H, N, K, V]
+    dht,  # [B, H, K, V]
+    dq,  # [NV, B, T, H, K]
+    dk,  # [NV, B, T, H, K]
+    dv,  # [B, T, H, V]
+    dg,  # [NV, B, T, H, K]
+    dx,  # [NV, B, H*NK, T, R]
+    dw,  # [NV, B, H*K, R]
+    db,  # [NV, B, H*K]
+    dh0,  # [B, H, K, V]
+    flags,  # [B, H, NK, NV]
+    scale,
+    inv_normalizer,
+    clamp_log2,
+    T,
+    B,
+    H,
+    t_begin,
+    t_end,
+    has_dht,
+    has_dh0,
+    has_bias,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    do_b,
+    do_t,
+    do_h,
+    g_b,
+    g_t,
+    g_h,
+    x_b,
+    x_t,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    UK: tl.constexpr,
+    UV: tl.constexpr,
+    UR: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    STAGES: tl.constexpr,
+    DV: tl.constexpr,
+    LOWRANK: tl.constexpr,
+    BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    NK: tl.constexpr = (K + BK - 1) // BK
+    NV: tl.constexpr = (V + BV - 1) // BV
+    IO: tl.constexpr = v.dtype.element_ty
+
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    i_k = (pid // NV) % NK
+    i_bh = pid // (NV * NK)
+    i_b = (i_bh // H).to(tl.int64)
+    i_h = i_bh % H
+
+    row = tl.arange(0, BT)
+    k0 = i_k * BK
+    v0 = i_v * BV
+    o_k = k0 + tl.arange(0, BK)
+    o_v = v0 + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_low = row[:, None] >= row[None, :]
+    m_up = row[:, None] <= row[None, :]
+
+    q += (i_b * q_b + i_h.to(tl.int64) * q_h) * UK
+    k += (i_b * k_b + i_h.to(tl.int64) * k_h) * UK
+    v += (i_b * v_b + i_h.to(tl.int64) * v_h) * UV
+    do += (i_b * do_b + i_h.to(tl.int64) * do_h) * UV
+    row_q = q_t.to(tl.int64) * UK
+    row_k = k_t.to(tl.int64) * UK
+    row_v = v_t.to(tl.int64) * UV
+    row_do = do_t.to(tl.int64) * UV
+    out = ((i_v.to(tl.int64) * B + i_b) * T * H + i_h) * K
+    dq += out
+    dk += out
+    dv += (i_b * T * H + i_h) * V
+    row_dk = H.to(tl.int64) * K
+    row_dv = H.to(tl.int64) * V
+    if LOWRANK:
+        o_r = tl.arange(0, BR)
+        m_r = o_r < R
+        x += i_b * x_b * UR
+        row_x = x_t.to(tl.int64) * UR
+        p_w = (i_h * K + o_k)[:, None] * R + o_r[None, :]
+        m_w = m_k[:, None] & m_r[None, :]
+        b_w = tl.load(w + p_w, mask=m_w, other=0.0)  # [BK, BR]
+        b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
+        b_bias = b_bias.to(tl.float32) * LOG2E
+        dx += (((i_v * B + i_b) * H + i_h) * NK + i_k) * T * R
+        dw += (i_v * B + i_b) * H * K * R
+        db += (i_v * B + i_b) * H * K
+        b_dw = tl.zeros([BK, BR], dtype=tl.float32)
+        b_db = tl.zeros([BK], dtype=tl.float32)
+    else:
+        g += (i_b * g_b + i_h.to(tl.int64) * g_h) * UK
+        row_g = g_t.to(tl.int64) * UK
+        dg += out
+    # What the cumulative gate is a product of, see cumulative_log2_t.
+    if LOWRANK:
+        SUMMAND: tl.constexpr = tl.float16 if BF16 else tl.float32
+    else:
+        GATE: tl.constexpr = g.dtype.element_ty
+        SUMMAND: tl.constexpr = tl.bfloat16 if BF16 and GATE == tl.float32 else GATE
+    upper, lower = triangles(BT, SUMMAND, BF16)
+
+    n_chunks = tl.cdiv(t_end - t_begin, BT)
+    states += i_bh.to(tl.int64) * n_chunks * K * V
+    # Descriptors, or the pointers themselves.
+    s_q = tl.make_tensor_descriptor(q, [T, K], [row_q, 1], [BT, BK]) if TMA else q
+    s_k = tl.make_tensor_descriptor(k, [T, K], [row_k, 1], [BT, BK]) if TMA else k
+    s_v = tl.make_tensor_descriptor(v, [T, V], [row_v, 1], [BT, BV]) if TMA else v
+    s_do = tl.make_tensor_descriptor(do, [T, V], [row_do, 1], [BT, BV]) if TMA else do
+    s_dq = tl.make_tensor_descriptor(dq, [T, K], [row_dk, 1], [BT, BK]) if TMA else dq
+    s_dk = tl.make_tensor_descriptor(dk, [T, K], [row_dk, 1], [BT, BK]) if TMA else dk
+    s_dv = tl.make_tensor_descriptor(dv, [T, V], [row_dv, 1], [BT, BV]) if TMA else dv
+    if TMA:
+        d_s = tl.make_tensor_descriptor(states, [n_chunks * K, V], [V, 1], [BK, BV])
+    if not LOWRANK:
+        s_g = tl.make_tensor_descriptor(g, [T, K], [row_g, 1], [BT, BK]) if TMA else g
+        s_dg = tl.make_tensor_descriptor(dg, [T, K], [row_dk, 1], [BT, BK]) if TMA else dg
+
+    dht += i_bh.to(tl.int64) * K * V
+    b_ds = tl.zeros([BK, BV], dtype=tl.float32)
+    if TMA:
+        # Pointers would stay alive in registers for the whole loop.
+        if has_dht != 0:
+            b_ds = tl.make_tensor_descriptor(dht, [K, V], [V, 1], [BK, BV]).load([k0, v0])
+    else:
+        p_state = o_k[:, None] * V + o_v[None, :]
+        m_state = m_k[:, None] & m_v[None, :]
+        b_ds = tl.load(dht + p_state, mask=m_state & (has_dht != 0), other=0.0)
+
+    worst = tl.zeros([BK], dtype=tl.float32)
+    for i in tl.range(0, n_chunks, num_stages=STAGES):
+        i_c = n_chunks - 1 - i
+        t = t_begin + i_c * BT
+        m_t = t + row < T
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        # All loads first: with those of q and do further down, the loop spilled 200 bytes.
+        if LOWRANK:
+            m_tr = m_t[:, None] & m_r[None, :]
+            b_x = load_rows(x, t, 0, row_x, o_r, m_tr, BT, False)  # [BT, BR]
+        else:
+            b_g = load_rows(s_g, t, k0, row_g, o_k, m_tk, BT, TMA)  # [BT, BK]
+        b_q = load_rows(s_q, t, k0, row_q, o_k, m_tk, BT, TMA)  # [BT, BK]
+        b_k = load_rows(s_k, t, k0, row_k, o_k, m_tk, BT, TMA)  # [BT, BK]
+        b_v = operand(load_rows(s_v, t, v0, row_v, o_v, m_tv, BT, TMA), IO)  # [BT, BV]
+        b_do = operand(load_rows(s_do, t, v0, row_do, o_v, m_tv, BT, TMA), IO)  # [BT, BV]
+        if TMA:
+            b_s = d_s.load([i_c * K + k0, v0])  # [BK, BV]
+        else:
+            p_s = states + i_c.to(tl.int64) * (K * V) + p_state
+            b_s = operand(tl.load(p_s, mask=m_state, other=0.0), IO)  # [BK, BV]
+
+        if LOWRANK:
+            b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
+            b_gt, slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
+            b_gt = tl.where(m_t[None, :], b_gt, 0.0)  # tokens outside must not decay
+        else:
+            b_gt = tl.trans(b_g)
+        b_cum = cumulative_log2_t(b_gt, upper, LOWRANK, BF16)  # [BK, BT]
+        b_end = tl.min(b_cum, 1)  # [BK], the last column: g <= 0 makes G fall along the chunk
+        worst = tl.minimum(worst, b_end)
+        b_e = tl.exp2(b_cum) * scale  # [BK, BT]
+        qh = operand(tl.trans(b_q) * b_e, IO)  # [BK, BT]
+        kh = operand(tl.trans(b_k) * tl.exp2(-b_cum), IO)  # [BK, BT]
+        b_da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BT]
+        b_da = operand(tl.where(m_low, b_da, 0.0), IO)
+
+        b_xt = tl.dot(b_s, tl.trans(b_do), input_precision=PRECISION)  # [BK, BT]
+        b_xt = tl.dot(kh, tl.trans(b_da), b_xt, input_precision=PRECISION)
+        store_rows(s_dq, tl.trans((b_xt * b_e).to(IO)), t, k0, row_dk, o_k, m_tk, BT, TMA)
+        b_yt = tl.dot(qh, b_da, input_precision=PRECISION)  # [BK, BT]
+        b_p = qh.to(tl.float32) * b_xt - kh.to(tl.float32) * b_yt
+
+        b_ds = b_ds * tl.exp2(b_end)[:, None]
+        b_total = tl.sum(b_s.to(tl.float32) * b_ds, 1)  # [BK]
+        b_d = operand(b_ds, IO)
+        b_zt = tl.dot(b_d, tl.trans(b_v), input_precision=PRECISION)  # [BK, BT]
+        b_dk = (b_yt + b_zt) * tl.exp2(-b_cum)
+        store_rows(s_dk, tl.trans(b_dk.to(IO)), t, k0, row_dk, o_k, m_tk, BT, TMA)
+        # Prefix sums of kh z as total minus suffix sum: then one triangle serves both terms.
+        b_u = kh.to(tl.float32) * b_zt
+        b_total += tl.sum(b_u, 1)
+        b_dg = suffix_sum(b_p - b_u, lower, BF16) + b_total[:, None]  # [BK, BT]
+        if LOWRANK:
+            b_dz = operand(tl.where(m_t[None, :], b_dg * slope, 0.0), IO)  # [BK, BT]
+            b_db += tl.sum(b_dz.to(tl.float32), 1)
+            b_dw = tl.dot(b_dz, operand(b_x, IO), b_dw, input_precision=PRECISION)
+            b_dx = tl.dot(tl.trans(b_dz), operand(b_w, IO), input_precision=PRECISION)  # [BT, BR]
+            p_dx = dx + t.to(tl.int64) * R + row[:, None] * R + o_r[None, :]
+            tl.store(p_dx, b_dx, mask=m_t[:, None] & m_r[None, :])
+        else:
+            store_rows(s_dg, tl.trans(b_dg.to(GATE)), t, k0, row_dk, o_k, m_tk, BT, TMA)
+        if DV:
+            b_a = tl.dot(tl.trans(kh), qh, input_precision=PRECISION)  # [BT, BT], transposed
+            b_a = operand(tl.where(m_up, b_a, 0.0), IO)
+            b_dv = tl.dot(tl.trans(kh), b_d, input_precision=PRECISION)  # [BT, BV]
+            b_dv = tl.dot(b_a, b_do, b_dv, input_precision=PRECISION)
+            store_rows(s_dv, b_dv.to(IO), t, v0, row_dv, o_v, m_tv, BT, TMA)
+        b_ds = tl.dot(qh, b_do, b_ds, input_precision=PRECISION)
+
+    if LOWRANK:
+        tl.store(dw + p_w, b_dw, mask=m_w)
+        tl.store(db + i_h * K + o_k, b_db, mask=m_k)
+    dh0 += i_bh.to(tl.int64) * K * V
+    # Not through a descriptor, whose copy of the tile would need shared memory of its own.
+    p_out = o_k[:, None] * V + o_v[None, :]
+    tl.store(dh0 + p_out, b_ds, mask=m_k[:, None] & m_v[None, :] & (has_dh0 != 0))
+    # Written so that a NaN counts as out of range.
+    bad = tl.where(tl.min(worst, 0) >= -START_RANGE_LOG2, 0, 1)
+    tl.store(flags + pid, bad)

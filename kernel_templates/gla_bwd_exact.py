@@ -1,0 +1,312 @@
+"""The work of ``gla_bwd`` again, exact for every gate, where programs left the anchor's range.
+
+Blocks of BX = 16 rows, back in time. With G the cumulative gate in the block, S the state at its
+start (rebuilt from the chunk's kept one), dS the gradient of the state at its end, and
+D = 2^Gend . dS:
+
+    dA = tril(do v^T)                     x_ij = dA_ij 2^(G_i - G_j)       (per channel, i >= j)
+    dq = scale * ( sum_j x_ij k_j + 2^G . (do S^T) )
+    dk = sum_i x_ij (scale q_i) + 2^(Gend - G) . (v dS^T)
+    dg_t = sum_{i>=t} (q dq' - k dk')_i + sum_{i<t} (k 2^(Gend - G) . v dS^T)_i + sum_v S . D
+    dv = A^T do + (k 2^(Gend - G)) dS
+    dS_prev = D + (scale q 2^G)^T do
+
+dq' is dq with its part through the state, dk' is dk without. The terms inside the block are
+products of midpoint-anchored tiles while the block's range fits 2^+-64 (level 2 of
+docs/numerics.md), and otherwise sums element by element in fp32 whose exponents are sums of steps
+(level 3). All other factors are at most 1.
+
+Tensors and grid are those of ``gla_bwd``; a program whose flag is 0 returns at once.
+"""
+
+import triton
+import triton.language as tl
+
+from glac.kernel_templates._bwd import load_rows, logsigmoid_gate, store_rows
+from glac.kernel_templates._exact import MIDPOINT_RANGE_LOG2
+from glac.kernel_templates._gate import LOG2E, STEP_MIN_LOG2, operand
+
+
+@triton.jit
+def _gate_rows(
+    g, x, b_w, b_bias, inv_normalizer, clamp_log2, t, m_row, row_g, row_x, o_k, m_k,
+    R: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr,
+    LOWRANK: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of the rows from t on: steps ``[BX, BK]`` in log2, clamped, 0 where off; slope; x."""
+    slope = 0.0
+    b_x = 0.0
+    if LOWRANK:
+        o_r = tl.arange(0, BR)
+        b_x = load_rows(x, t, 0, row_x, o_r, m_row[:, None] & (o_r < R)[None, :], BX, False)
+        b_y = tl.dot(b_x, tl.trans(b_w), input_precision=PRECISION) * LOG2E + b_bias[None, :]
+        b_g, slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
+        b_g = tl.where(m_row[:, None], b_g, 0.0)
+    else:
+        b_g = load_rows(g, t, 0, row_g, o_k, m_row[:, None] & m_k[None, :], BX, False)
+        b_g = b_g.to(tl.float32) * LOG2E
+    return tl.maximum(b_g, STEP_MIN_LOG2), slope, b_x
+
+
+@triton.jit
+def _block_pairs(
+    b_q, b_k, b_step, b_da, BX: tl.constexpr, IO: tl.constexpr, PRECISION: tl.constexpr
+):
+    """What pairs inside the block give: scores A, dq, dk, and the summand of dg."""
+    row = tl.arange(0, BX)
+    # From the first row on: its own step decays no pair of the block, and may be a reset.
+    b_rel = tl.cumsum(tl.where((row == 0)[:, None], 0.0, b_step), 0)
+    last = tl.min(b_rel, 0)
+    if tl.min(last, 0) >= -MIDPOINT_RANGE_LOG2:
+        anchor = (0.5 * last)[None, :]
+        e_q = tl.exp2(b_rel - anchor)
+        e_k = tl.exp2(anchor - b_rel)
+        qm = operand(b_q * e_q, IO)
+        km = operand(b_k * e_k, IO)
+        d_a = operand(b_da, IO)
+        b_a = tl.dot(qm, tl.trans(km), input_precision=PRECISION)
+        b_x = tl.dot(d_a, km, input_precision=PRECISION)
+        b_y = tl.dot(tl.trans(d_a), qm, input_precision=PRECISION)
+        b_p = qm.to(tl.float32) * b_x - km.to(tl.float32) * b_y
+        dq = b_x * e_q
+        dk = b_y * e_k
+    else:
+        # Column by column from the right, so that each decay is a sum of steps (see _exact).
+        b_a = tl.zeros([BX, BX], dtype=tl.float32)
+        dq = tl.zeros_like(b_step)
+        dk = tl.zeros_like(b_step)
+        gap = tl.zeros_like(b_step)
+        for i in range(BX):
+            j = BX - 1 - i
+            pick = (row == j)[:, None]
+            column = (row == j)[None, :]
+            k_j = tl.sum(tl.where(pick, b_k, 0.0), 0)
+            decay = tl.where((row >= j)[:, None], tl.exp2(gap), 0.0)
+            da_j = tl.sum(tl.where(column, b_da, 0.0), 1)
+            b_a = tl.where(column, tl.sum(b_q * k_j[None, :] * decay, 1)[:, None], b_a)
+            dq += da_j[:, None] * k_j[None, :] * decay
+            dk_j = tl.sum(da_j[:, None] * b_q * decay, 0)
+            dk = tl.where(pick, dk_j[None, :], dk)
+            step_j = tl.sum(tl.where(pick, b_step, 0.0), 0)
+            gap = tl.where((row >= j)[:, None], gap + step_j[None, :], gap)
+        b_p = b_q * dq - b_k * dk
+    return b_a, dq, dk, b_p
+
+
+@triton.jit
+def gla_bwd_exact(
+    q,  # [B, T, H, K]
+    k,  # [B, T, H, K]
+    v,  # [B, T, H, V]
+    g,  # [B, T, H, K]
+    x,  # [B, T, R]
+    w,  # [H*K, R]
+    bias,  # [H*K]
+    do,  # [B, T, H, V]
+    states,  # [B, H, N, K, V]
+    dht,  # [B, H, K, V]
+    dq,  # [NV, B, T, H, K]
+    dk,  # [NV, B, T, H, K]
+    dv,  # [B, T, H, V]
+    dg,  # [NV, B, T, H, K]
+    dx,  # [NV, B, H*NK, T, R]
+    dw,  # [NV, B, H*K, R]
+    db,  # [NV, B, H*K]
+    dh0,  # [B, H, K, V]
+    flags,  # [B, H, NK, NV]
+    scale,
+    inv_normalizer,
+    clamp_log2,
+    T,
+    B,
+    H,
+    t_begin,
+    t_end,
+    has_dht,
+    has_dh0,
+    has_bias,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    v_b,
+    v_t,
+    v_h,
+    do_b,
+    do_t,
+    do_h,
+    g_b,
+    g_t,
+    g_h,
+    x_b,
+    x_t,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    UK: tl.constexpr,
+    UV: tl.constexpr,
+    UR: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BX: tl.constexpr,
+    DV: tl.constexpr,
+    LOWRANK: tl.constexpr,
+    BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    NK: tl.constexpr = (K + BK - 1) // BK
+    NV: tl.constexpr = (V + BV - 1) // BV
+    BLOCKS: tl.constexpr = BT // BX
+    IO: tl.constexpr = v.dtype.element_ty
+
+    pid = tl.program_id(0)
+    if tl.load(flags + pid) == 0:
+        return
+    i_v = pid % NV
+    i_k = (pid // NV) % NK
+    i_bh = pid // (NV * NK)
+    i_b = (i_bh // H).to(tl.int64)
+    i_h = i_bh % H
+
+    row = tl.arange(0, BX)
+    k0 = i_k * BK
+    v0 = i_v * BV
+    o_k = k0 + tl.arange(0, BK)
+    o_v = v0 + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_low = row[:, None] >= row[None, :]
+    strict = (row[:, None] > row[None, :]).to(tl.float32)
+
+    q += (i_b * q_b + i_h.to(tl.int64) * q_h) * UK
+    k += (i_b * k_b + i_h.to(tl.int64) * k_h) * UK
+    v += (i_b * v_b + i_h.to(tl.int64) * v_h) * UV
+    do += (i_b * do_b + i_h.to(tl.int64) * do_h) * UV
+    row_q = q_t.to(tl.int64) * UK
+    row_k = k_t.to(tl.int64) * UK
+    row_v = v_t.to(tl.int64) * UV
+    row_do = do_t.to(tl.int64) * UV
+    out = ((i_v.to(tl.int64) * B + i_b) * T * H + i_h) * K
+    dq += out
+    dk += out
+    dv += (i_b * T * H + i_h) * V
+    row_dk = H.to(tl.int64) * K
+    row_dv = H.to(tl.int64) * V
+    b_w = 0.0
+    b_bias = 0.0
+    row_g = row_q
+    row_x = row_q
+    if LOWRANK:
+        o_r = tl.arange(0, BR)
+        m_r = o_r < R
+        x += i_b * x_b * UR
+        row_x = x_t.to(tl.int64) * UR
+        p_w = (i_h * K + o_k)[:, None] * R + o_r[None, :]
+        m_w = m_k[:, None] & m_r[None, :]
+        b_w = tl.load(w + p_w, mask=m_w, other=0.0)  # [BK, BR]
+        b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
+        b_bias = b_bias.to(tl.float32) * LOG2E
+        dx += (((i_v * B + i_b) * H + i_h) * NK + i_k) * T * R
+        dw += (i_v * B + i_b) * H * K * R
+        db += (i_v * B + i_b) * H * K
+        b_dw = tl.zeros([BK, BR], dtype=tl.float32)
+        b_db = tl.zeros([BK], dtype=tl.float32)
+    else:
+        g += (i_b * g_b + i_h.to(tl.int64) * g_h) * UK
+        row_g = g_t.to(tl.int64) * UK
+        dg += out
+
+    n_chunks = tl.cdiv(t_end - t_begin, BT)
+    states += i_bh.to(tl.int64) * n_chunks * (K * V)
+    p_state = o_k[:, None] * V + o_v[None, :]
+    m_state = m_k[:, None] & m_v[None, :]
+    dht += i_bh.to(tl.int64) * K * V
+    b_ds = tl.load(dht + p_state, mask=m_state & (has_dht != 0), other=0.0)  # [BK, BV]
+
+    for i in tl.range(0, n_chunks * BLOCKS, num_stages=1):
+        i_c = n_chunks - 1 - i // BLOCKS
+        blocks_before = BLOCKS - 1 - i % BLOCKS
+        p_s = states + i_c.to(tl.int64) * (K * V) + p_state
+        b_s = tl.load(p_s, mask=m_state, other=0.0).to(tl.float32)  # [BK, BV]
+        for j in tl.range(0, blocks_before, num_stages=1):
+            t = t_begin + i_c * BT + j * BX
+            m_t = t + row < T
+            m_after = (row < BX - 1) & (t + 1 + row < T)
+            b_step, _, _ = _gate_rows(
+                g, x, b_w, b_bias, inv_normalizer, clamp_log2, t, m_t, row_g, row_x, o_k, m_k,
+                R, BR, BX, LOWRANK, BF16, PRECISION,
+            )  # fmt: skip
+            b_after, _, _ = _gate_rows(
+                g, x, b_w, b_bias, inv_normalizer, clamp_log2, t + 1, m_after, row_g, row_x,
+                o_k, m_k, R, BR, BX, LOWRANK, BF16, PRECISION,
+            )  # fmt: skip
+            b_k = load_rows(k, t, 0, row_k, o_k, m_t[:, None] & m_k[None, :], BX, False)
+            b_v = load_rows(v, t, 0, row_v, o_v, m_t[:, None] & m_v[None, :], BX, False)
+            kh = operand(b_k.to(tl.float32) * tl.exp2(tl.cumsum(b_after, 0, reverse=True)), IO)
+            b_s = b_s * tl.exp2(tl.sum(b_step, 0))[:, None]
+            b_s = tl.dot(tl.trans(kh), operand(b_v, IO), b_s, input_precision=PRECISION)
+
+        t = t_begin + i_c * BT + blocks_before * BX
+        m_t = t + row < T
+        m_tk = m_t[:, None] & m_k[None, :]
+        m_tv = m_t[:, None] & m_v[None, :]
+        m_after = (row < BX - 1) & (t + 1 + row < T)
+        b_step, slope, b_x = _gate_rows(
+            g, x, b_w, b_bias, inv_normalizer, clamp_log2, t, m_t, row_g, row_x, o_k, m_k,
+            R, BR, BX, LOWRANK, BF16, PRECISION,
+        )  # fmt: skip
+        b_after, _, _ = _gate_rows(
+            g, x, b_w, b_bias, inv_normalizer, clamp_log2, t + 1, m_after, row_g, row_x, o_k, m_k,
+            R, BR, BX, LOWRANK, BF16, PRECISION,
+        )  # fmt: skip
+        b_q = load_rows(q, t, 0, row_q, o_k, m_tk, BX, False).to(tl.float32) * scale  # [BX, BK]
+        b_k = load_rows(k, t, 0, row_k, o_k, m_tk, BX, False).to(tl.float32)  # [BX, BK]
+        b_v = operand(load_rows(v, t, 0, row_v, o_v, m_tv, BX, False), IO)  # [BX, BV]
+        b_do = operand(load_rows(do, t, 0, row_do, o_v, m_tv, BX, False), IO)  # [BX, BV]
+        b_da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_da = tl.where(m_low, b_da, 0.0)  # [BX, BX]
+        b_a, b_dq, b_dk, b_p = _block_pairs(b_q, b_k, b_step, b_da, BX, IO, PRECISION)
+
+        e_start = tl.exp2(tl.cumsum(b_step, 0))  # 2^G
+        e_end = tl.exp2(tl.cumsum(b_after, 0, reverse=True))  # 2^(Gend - G)
+        decay = tl.exp2(tl.sum(b_step, 0))  # [BK]
+        b_out = tl.dot(b_do, tl.trans(operand(b_s, IO)), input_precision=PRECISION) * e_start
+        b_in = tl.dot(b_v, tl.trans(operand(b_ds, IO)), input_precision=PRECISION) * e_end
+        b_dq += b_out
+        b_p += b_q * b_out
+        store_rows(dq, (b_dq * scale).to(IO), t, 0, row_dk, o_k, m_tk, BX, False)
+        store_rows(dk, (b_dk + b_in).to(IO), t, 0, row_dk, o_k, m_tk, BX, False)
+        # The prefix sums have no cancellation; as inclusive sums less the row they would.
+        b_dg = tl.dot(strict, b_k * b_in, input_precision="tf32x3")
+        b_dg += tl.cumsum(b_p, 0, reverse=True) + (decay * tl.sum(b_s * b_ds, 1))[None, :]
+        if LOWRANK:
+            b_dz = operand(tl.where(m_t[:, None], b_dg * slope, 0.0), IO)  # [BX, BK]
+            b_db += tl.sum(b_dz.to(tl.float32), 0)
+            b_dw = tl.dot(tl.trans(b_dz), operand(b_x, IO), b_dw, input_precision=PRECISION)
+            # A product of [BX, BR] would be repeated by every warp, for 1900 bytes of spills.
+            for r in range(R):
+                w_r = tl.load(w + (i_h * K + o_k) * R + r, mask=m_k, other=0.0).to(tl.float32)
+                b_dx = tl.sum(b_dz.to(tl.float32) * w_r[None, :], 1)  # [BX]
+                tl.store(dx + (t + row).to(tl.int64) * R + r, b_dx, mask=m_t)
+        else:
+            b_dg = b_dg.to(dg.dtype.element_ty)
+            store_rows(dg, b_dg, t, 0, row_dk, o_k, m_tk, BX, False)
+        if DV:
+            b_a = operand(tl.where(m_low, b_a, 0.0), IO)
+            b_dv = tl.dot(tl.trans(b_a), b_do, input_precision=PRECISION)  # [BX, BV]
+            kh = operand(b_k * e_end, IO)
+            b_dv = tl.dot(kh, operand(b_ds, IO), b_dv, input_precision=PRECISION)
+            store_rows(dv, b_dv.to(IO), t, 0, row_dv, o_v, m_tv, BX, False)
+        b_ds = b_ds * decay[:, None]
+        qh = operand(b_q * e_start, IO)
+        b_ds = tl.dot(tl.trans(qh), b_do, b_ds, input_precision=PRECISION)
+
+    if LOWRANK:
+        tl.store(dw + p_w, b_dw, mask=m_w)
+        tl.store(db + i_h * K + o_k, b_db, mask=m_k)
+    dh0 += i_bh.to(tl.int64) * K * V
+    tl.store(dh0 + p_state, b_ds, mask=m_state & (has_dh0 != 0))
