@@ -130,19 +130,20 @@ def run_backward(
     slots = math.ceil(window / chunk)
     kept_dtype = torch.bfloat16 if state_dtype(spec).itemsize == 2 else torch.float32
     states = scratch(heads, slots, K, V, dtype=kept_dtype)
-    marks = scratch(heads, n_windows, K, V) if n_windows > 1 else None
+    n_marks = n_windows - 1  # the last window starts where the walk over all others ends
+    marks = scratch(heads, n_marks, K, V) if n_marks else None
     flags = scratch(heads * k_tiles * v_tiles, dtype=torch.int32)
     grid_states = tiles("gla_bwd_states", spec, config.states) * heads
     grid = tiles("gla_bwd", spec, grads) * heads
 
     def keep_states(
-        begin: int, end: int, keep_from: int, start: Tensor | None, slots: int
+        begin: int, end: int, keep_from: int, start: Tensor | None, start_slots: int
     ) -> None:
         plan.kernels["gla_bwd_states"].run(
             (k, v, *gate.tensors, start, states, marks),
             (
                 *(*args.scalars, T, H, begin, end, keep_from, chunk, window),
-                *(slots, n_windows, int(start is not None), *args.flag),
+                *(start_slots, n_marks, int(start is not None), *args.flag),
                 *(*k_strides, *v_strides, *args.strides),
             ),
             grid_states,
@@ -157,7 +158,7 @@ def run_backward(
             keep_states(begin, end, begin, initial_state, 1)
         else:
             assert marks is not None
-            keep_states(begin, end, begin, marks[:, index], n_windows)
+            keep_states(begin, end, begin, marks[:, index], n_marks)
         wanted = dh0 or index > 0
         before = scratch(*_state_size(problem)) if wanted else None
         parts = (gate_parts[0], *(part[index] for part in gate_parts[1:]))

@@ -67,6 +67,7 @@ def driver_version() -> tuple[int, int]:
 
 
 def _enter_primary_context(device: int) -> None:
+    """Make the device's primary context, which PyTorch uses, current in this thread."""
     library, context = _library(), ctypes.c_void_p()
     handle = ctypes.c_int()
     _check(library.cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
@@ -74,6 +75,14 @@ def _enter_primary_context(device: int) -> None:
         library.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain"
     )
     _check(library.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
+def _want_context(device: int) -> None:
+    """Give this thread a context if it has none: autograd's threads begin without."""
+    context = ctypes.c_void_p()
+    _check(_library().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    if not context.value:
+        _enter_primary_context(device)
 
 
 def argument_format(kinds: Sequence[str]) -> str:
@@ -125,6 +134,8 @@ class DriverKernel:
         # Each thread has its own buffer: ctypes drops the GIL while the driver reads it.
         self._local = threading.local()
         library = _library()
+        # Without a context the driver does not tell a kernel's parameters.
+        _want_context(device)
         self._launch_kernel = _launcher()
         self._cubin = cubin  # the driver may read it after the load call
         module, kernel = ctypes.c_void_p(), ctypes.c_void_p()

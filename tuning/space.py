@@ -56,7 +56,7 @@ PROGRAMS_PER_SM = 2
 EFFORTS = ("quick", "standard", "full")
 QUICK_CANDIDATES = 12
 EXHAUSTIVE = 150
-"""A space of at most this many configs is timed whole."""
+"""How many configs a problem's space is meant to have at most."""
 
 SHAPES: tuple[tuple[int, int, int, int, int], ...] = (
     (8, 2048, 16, 64, 64),

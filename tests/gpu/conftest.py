@@ -18,9 +18,9 @@ from glac.pack import Pack, PackRow
 from glac.problem import Op, Problem
 from glac.reference import chunk_gla as reference_chunk_gla
 from glac.reference import yardstick_chunk_gla
-from glac.settings import load_settings
 from glac.testing import Inputs, make_inputs
 from glac.validate import check_lowrank, check_vector
+from tests.gpu.rows import rows_here
 from tests.helpers_gradients import dense_gate
 
 CEILING = {torch.bfloat16: 4e-3, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -93,12 +93,7 @@ class Packed:
 
     def rows(self, op: Op) -> list[tuple[Pack, PackRow]]:
         """The rows of an op in all packs, each config once; skips where there is none."""
-        gpu, note = dispatch.device_gpu(self.device.index)
-        assert gpu is not None, note
-        packs, refused = dispatch.installed_packs(load_settings(), gpu.arch)
-        assert not refused
-        rows = [(pack, row) for pack in packs for row in pack.rows if row.op is op]
-        found = list({(row.spec, row.config): (pack, row) for pack, row in rows}.values())
+        found = rows_here(op, self.device.index)
         if not found:
             pytest.skip(f"no pack has a {op.value} row; set GLAC_PACK_PATH (tests/gpu/README.md)")
         return found
