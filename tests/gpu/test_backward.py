@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import subprocess
@@ -771,3 +772,18 @@ def test_the_script_for_the_sanitizer(packed: Packed) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " cases ran, 0 wrong" in done.stdout
+
+
+@EVERY_GATE
+def test_first_backward_of_a_process(packed: Packed, gate: str) -> None:
+    """Its kernels are loaded in a thread of autograd, which begins without a CUDA context."""
+    packed.draw(1, 1024, 8, 128, 128, gate=gate, backward=True)  # skips where no pack has it
+    script = Path(__file__).with_name("cold_start.py")
+    command = [sys.executable, str(script), "--backward"]
+    if gate == "lowrank":
+        command.append("--lowrank")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["provider"] == "pack"
+    assert result["finite"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -50,6 +50,7 @@ FP32_GRADIENT_BUDGET = 5e-6
 """Measured: 1.4e-6 at most, where a low-rank gate decays fast, and otherwise 4e-7."""
 FP16_GRADIENT_FLOOR = 1e-3
 
+GUARD = 4096  # elements
 _empty = torch.empty
 
 
@@ -57,6 +58,26 @@ def nan_filled(*size: Any, **options: Any) -> Tensor:
     """``torch.empty`` whose memory holds NaN, or sevens, as freed memory may."""
     tensor = _empty(*size, **options)
     return tensor.fill_(math.nan if tensor.is_floating_point() else 7)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """``torch.empty`` as ``nan_filled``, between guards that nothing may write to."""
+    blocks: list[tuple[Tensor, int]] = []
+
+    def empty(*size: Any, **options: Any) -> Tensor:
+        shape = _empty(*size, device="meta").shape
+        count = shape.numel()
+        block = nan_filled(count + 2 * GUARD, **options)
+        blocks.append((block, count))
+        return block[GUARD : GUARD + count].view(shape)
+
+    with mock.patch.object(torch, "empty", empty):
+        yield
+    for block, count in blocks:
+        guards = torch.cat((block[:GUARD], block[GUARD + count :]))
+        untouched = guards.isnan() if block.is_floating_point() else guards == 7
+        assert bool(untouched.all()), "something was written outside its memory"
 
 
 def problem_of(x: Inputs) -> Problem:
@@ -100,12 +121,12 @@ def run(
     normalizer: float = 16.0,
     clamp_min: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and final state of the kernels, every allocation filled with NaN before."""
+    """Output and final state of the kernels, in memory that held NaN."""
     problem = problem_of(x)
     spec = problem.spec
     assert legal(x, cfg)
     gate = gate_input(x, normalizer, clamp_min)
-    with mock.patch.object(torch, "empty", nan_filled):
+    with guarded():
         o, state = run_forward(
             interpreted_plan(problem, cfg),
             laid_out(x.q, stride_unit(spec.K)),
@@ -288,14 +309,14 @@ def run_gradients(
     normalizer: float = 16.0,
     clamp_min: float | None = None,
 ) -> Backward:
-    """Gradients by the kernels, every allocation filled with NaN before."""
+    """Gradients by the kernels, in memory that held NaN."""
     problem = problem_of(x)
     spec = problem.spec
     assert legal(x, cfg)
     plan = interpreted_plan(problem, cfg)
     flags: list[Tensor] = []
     kernels = {**plan.kernels, "gla_bwd": _Watched(plan.kernels["gla_bwd"], flags)}
-    with mock.patch.object(torch, "empty", nan_filled):
+    with guarded():
         dq, dk, dv, gates, dstate = run_backward(
             replace(plan, kernels=kernels),
             laid_out(x.q, stride_unit(spec.K)),

@@ -166,6 +166,18 @@ def test_equal_those_in_fp64(
 # --- every gate -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("carried", "end", "dh0"), [(True, False, False), (False, True, False), (False, False, True)]
+)
+def test_hard_gates_and_states_at_both_ends(carried: bool, end: bool, dh0: bool) -> None:
+    x = drawn(16, 20, tokens=20)
+    h0 = x.initial_state if carried else None
+    x = replace(x, g=hard_gates(x.q.shape), initial_state=h0)
+    with windows_of(1):
+        found = assert_gradients_right(x, backward_config(dv_chunk=16), end=end, dh0=dh0)
+    assert all(bool(flags.any()) for flags in found.flags)
+
+
 @settings(max_examples=5)
 @given(
     tokens=st.integers(1, 36),
