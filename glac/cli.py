@@ -27,10 +27,10 @@ from glac.errors import ConfigError, GlacError, MissingEnvironmentError, PackErr
 from glac.gpus import ARCHS, GPUS, GpuSpec
 
 if TYPE_CHECKING:
-    from glac.dispatch import Decision
+    from glac.dispatch import Decision, FoundPack
     from glac.pack import Pack
     from glac.problem import Problem
-    from glac.tuned import TunedFile
+    from glac.tuned import TunedDiff, TunedFile, TunedRow
 
 JSON_SCHEMA = 1
 DEFAULT_BUILD = ("a100", "h100", "h200")
@@ -637,7 +637,7 @@ def _decision_text(problem: Problem, gpu: GpuSpec, decision: Decision) -> str:
 
 @cli.group()
 def pack() -> None:
-    """Look into kernel packs and check them."""
+    """Look into kernel packs, check and merge them."""
 
 
 def _packs_at(path: Path) -> list[Pack]:
@@ -693,6 +693,138 @@ def pack_verify(path: Path) -> None:
         note = "" if fresh else "; built from other templates than those installed"
         lines.append(f"ok: {_pack_title(item)}, {size} bytes of code{note}")
     emit({"packs": data}, "\n".join(lines))
+
+
+@pack.command("list")
+@click.option("--arch", type=click.Choice(ARCHS), help="Only what a GPU of this arch looks at.")
+@common_options
+def pack_list(arch: str | None) -> None:
+    """List every pack that problems are served from, in order."""
+    _need("torch")
+    from glac.dispatch import found_packs, pack_roots
+    from glac.settings import load_settings
+
+    settings = load_settings()
+    found: dict[Path, FoundPack] = {}
+    for name in [arch] if arch else ARCHS:
+        for item in found_packs(settings, name):
+            # A root that is a pack itself is met for every arch and used for one.
+            if item.path not in found or not item.reason:
+                found[item.path] = item
+    data = [_found_data(item) for item in found.values()]
+    body = [
+        (
+            row["arch"] or "-",
+            ", ".join(f"{count} {op}" for op, count in row["rows"].items()) or "-",
+            "-" if row["kernels"] is None else row["kernels"],
+            "-" if row["bytes"] is None else row["bytes"],
+            ", ".join(f"{tool} {version}" for tool, version in row["toolchain"].items()) or "-",
+            row["path"],
+        )
+        for row in data
+    ]
+    roots = [str(root) for root in pack_roots(settings)]
+    text = f"no packs; looked in {', '.join(roots)}"
+    if body:
+        headers = ("arch", "rows", "kernels", "code B", "toolchain", "pack")
+        refused = [f"not used: {row['path']}: {row['reason']}" for row in data if row["reason"]]
+        text = "\n".join([format_table(headers, body), *refused])
+    emit({"searched": roots, "packs": data}, text)
+
+
+def _found_data(item: FoundPack) -> dict[str, Any]:
+    """A place where dispatch looks; what is not known of a broken pack is null or empty."""
+    found = item.pack
+    ops = [row.op.value for row in found.rows] if found else []
+    return {
+        "path": str(item.path),
+        "used": not item.reason,
+        "reason": item.reason,
+        "hint": item.hint,
+        "arch": found.arch if found else None,
+        "rows": {op: ops.count(op) for op in dict.fromkeys(ops)},
+        "kernels": len(found.kernels) if found else None,
+        "bytes": found.code_bytes if found else None,
+        "toolchain": dict(found.toolchain) if found else {},
+        "driver_floor": found.driver_floor if found else None,
+    }
+
+
+@pack.command("merge")
+@click.argument("out", type=FOLDER)
+@click.argument(
+    "paths", metavar="PACK...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+@common_options
+def pack_merge(out: Path, paths: tuple[Path, ...]) -> None:
+    """Write one pack OUT with the rows of several packs; where two have a row, the first wins."""
+    from glac.merge import merge_packs
+
+    result = merge_packs(out, [item for path in paths for item in _packs_at(path)])
+    dropped = [
+        {**drop.row.to_dict(), "path": str(drop.path), "kept": str(drop.kept)}
+        for drop in result.dropped
+    ]
+    lines = [_pack_title(result.pack)]
+    for drop in result.dropped:
+        row = drop.row
+        lines.append(
+            f"dropped: {row.gpu} {row.op.value} {row.spec.slug}, 2^{row.bucket.bh} heads, "
+            f"2^{row.bucket.t} tokens, of {drop.path}: {drop.kept} has it"
+        )
+    emit({"pack": _pack_data(result.pack), "dropped": dropped}, "\n".join(lines))
+
+
+# ---- cache ----
+
+
+@cli.group()
+def cache() -> None:
+    """Look at the packs that were built here, and remove them."""
+
+
+@cache.command("dir")
+@common_options
+def cache_dir() -> None:
+    """Print the folder of built packs; its size goes to stderr."""
+    from glac.cache import cached_packs
+    from glac.settings import load_settings
+
+    settings = load_settings()
+    packs, others = cached_packs(settings)
+    size = sum(item.size for item in packs)
+    data = {
+        "folder": str(settings.build_dir),
+        "on_miss": str(settings.miss_dir),
+        "packs": [{"path": str(item.path), "bytes": item.size} for item in packs],
+        "bytes": size,
+        "others": [str(path) for path in others],
+    }
+    progress(f"{len(packs)} packs, {size} bytes, with those built on a miss")
+    emit(data, str(settings.build_dir))
+
+
+@cache.command("clear")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@common_options
+def cache_clear(yes: bool) -> None:
+    """Remove the packs that `glac build` and builds on a miss put into the cache."""
+    from glac.cache import removable_packs, remove_packs
+    from glac.settings import load_settings
+
+    if terminal.json and not yes:
+        raise click.UsageError("--json does not ask: add --yes to remove the packs")
+    packs = removable_packs(load_settings())
+    for item in packs:
+        say(f"{item.path}: {item.size} bytes")
+    count, size = len(packs), sum(item.size for item in packs)
+    if packs and not yes and not click.confirm(f"Remove these {count} packs?", err=True):
+        say("nothing was removed")
+        return
+    remove_packs(packs)
+    removed = [{"path": str(item.path), "bytes": item.size} for item in packs]
+    text = f"removed {count} packs, {size} bytes" if packs else "no packs to remove"
+    emit({"removed": removed, "bytes": size}, text)
 
 
 # ---- configs ----
@@ -791,6 +923,113 @@ def configs_validate(names: tuple[str, ...]) -> None:
         data.append({"name": name, "gpu": file.gpu, "rows": len(file.rows)})
         lines.append(f"ok: {name}: {file.gpu}, {len(file.rows)} rows")
     emit({"files": data}, "\n".join(lines) or "no tuned files to check")
+
+
+@configs.command("diff")
+@click.argument("old", metavar="GPU|PATH")
+@click.argument("new", metavar="GPU|PATH")
+@common_options
+def configs_diff(old: str, new: str) -> None:
+    """Compare two tuned files, the first taken as the old one.
+
+    Exit code 0 if they are equal, 1 if they differ.
+    """
+    from glac.tuned import diff_tuned
+
+    found = diff_tuned(_tuned(old), _tuned(new))
+    data = {"old": old, "new": new, **found.to_dict()}
+    if not found:
+        emit(data, f"equal: {found.same} rows")
+        return
+    say(_diff_text(found))
+    parts = (
+        (found.changed, "changed"),
+        (found.removed, f"only in {old}"),
+        (found.added, f"only in {new}"),
+        (found.header, "in the header"),
+    )
+    counts = ", ".join(f"{len(items)} {what}" for items, what in parts if items)
+    raise FailedError(f"{old} and {new} differ: {counts}; {found.same} equal", data)
+
+
+def _diff_text(found: TunedDiff) -> str:
+    """The header's differences, then one line for each row that differs."""
+    texts = []
+    if found.header:
+        body = [[key, *(value or "-" for value in pair)] for key, pair in found.header.items()]
+        texts.append(format_table(("header", "old", "new"), body))
+
+    def line(what: str, old: TunedRow | None, new: TunedRow | None, *rest: str) -> list[object]:
+        row = old or new
+        assert row is not None
+        sides = (old, new)
+        return [
+            what,
+            row.op.value,
+            row.spec.slug,
+            row.bucket.bh,
+            row.bucket.t,
+            *(side.config.slug if side else "-" for side in sides),
+            *(f"{side.stats.us:.1f}" if side else "-" for side in sides),
+            *rest,
+        ]
+
+    rows = [line("removed", row, None, "-", "-") for row in found.removed]
+    rows += [line("added", None, row, "-", "-") for row in found.added]
+    for change in found.changed:
+        ratio = "-" if change.ratio is None else f"{change.ratio:.3f}"
+        rows.append(line("changed", change.old, change.new, ratio, ", ".join(change.fields)))
+    if rows:
+        headers = ("row", "op", "problem", "log2 BH", "log2 T", "old config", "new config")
+        texts.append(format_table((*headers, "old us", "new us", "new/old", "fields"), rows))
+    return "\n\n".join(texts)
+
+
+@configs.command("merge")
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("first", metavar="GPU|PATH")
+@click.argument("others", nargs=-1, required=True, metavar="GPU|PATH...")
+@common_options
+def configs_merge(out: Path, first: str, others: tuple[str, ...]) -> None:
+    """Write the rows of several tuned files of one GPU to OUT.
+
+    Of two rows for the same op, problem and bucket, the later file's stays. The header is that of
+    the last file; rows that it would be wrong about are refused. OUT may be one of the files.
+    """
+    from glac.tuned import dump_tuned, header_conflicts, merge_tuned
+
+    names = (first, *others)
+    paths = [Path(name).resolve() for name in names if name.lower() not in GPUS]
+    if out.exists() and out.resolve() not in paths:
+        raise ConfigError(
+            f"{out}: is there already, and is none of the files to merge",
+            hint=f"to update it: glac configs merge {out} {out} {' '.join(names)}",
+        )
+    files = [_tuned(name) for name in names]
+    merged = files[-1]
+    data = [{"name": names[-1], "rows": len(merged.rows), "kept": len(merged.rows), "replaced": 0}]
+    # From the last to the first, so that only rows that stay are held against the header.
+    for name, file in zip(names[-2::-1], files[-2::-1], strict=True):
+        conflicts = header_conflicts(file, merged)
+        try:
+            merged, kept, replaced = merge_tuned(file, merged)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error.message}", hint=error.hint) from None
+        if conflicts:
+            raise ConfigError(
+                f"{name}: the header of {names[-1]} would be wrong about {kept} rows: "
+                f"{'; '.join(conflicts)}",
+                hint="tune these rows again as those of the last file were, or keep two files",
+            )
+        data.insert(0, {"name": name, "rows": len(file.rows), "kept": kept, "replaced": replaced})
+    dump_tuned(merged, out)
+    table = format_table(
+        ("file", "rows", "kept", "replaced"), [list(row.values()) for row in data]
+    )
+    emit(
+        {"path": str(out), "gpu": merged.gpu, "rows": len(merged.rows), "files": data},
+        f"{table}\n\n{out}: {merged.gpu}, {len(merged.rows)} rows",
+    )
 
 
 # ---- doctor ----

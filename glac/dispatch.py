@@ -97,9 +97,14 @@ def shipped_pack_dir() -> Path:
     return Path(__file__).parent / "packs"
 
 
+def pack_roots(settings: Settings) -> list[Path]:
+    """Where packs are looked for, in order."""
+    return [*settings.pack_path, settings.build_dir, shipped_pack_dir()]
+
+
 def pack_folders(settings: Settings, arch: str) -> list[Path]:
     """Where packs of ``arch`` are, in order: a root may be a pack (folder or zip) or hold one."""
-    roots = [*settings.pack_path, settings.build_dir, shipped_pack_dir()]
+    roots = pack_roots(settings)
     candidates = [path for root in roots for path in (root, root / arch, root / f"{arch}.zip")]
     return [
         path
@@ -108,21 +113,44 @@ def pack_folders(settings: Settings, arch: str) -> list[Path]:
     ]
 
 
-@functools.lru_cache(maxsize=64)
-def installed_packs(settings: Settings, arch: str) -> tuple[tuple[Pack, ...], tuple[str, ...]]:
-    """The readable packs of ``arch``, and one line for each that was refused."""
-    packs, refused = [], []
+@dataclass(frozen=True)
+class FoundPack:
+    """A place where dispatch looks: its pack, or why that is not used, and what to do.
+
+    A pack that was read but is for another arch has a ``reason`` too.
+    """
+
+    path: Path
+    pack: Pack | None
+    reason: str = ""
+    hint: str = ""
+
+
+def found_packs(settings: Settings, arch: str) -> list[FoundPack]:
+    """What dispatch finds for ``arch``, used or refused, in the order in which it looks."""
+    found = []
     for path in pack_folders(settings, arch):
         try:
             pack = read_pack(path)
         except PackError as error:
-            refused.append(f"{path}: refused: {error.message}")
-            log.warning("glac: pack %s refused: %s", path, error)
+            found.append(FoundPack(path, None, f"refused: {error.message}", error.hint))
             continue
-        if pack.arch == arch:
-            packs.append(pack)
+        reason = "" if pack.arch == arch else f"for {pack.arch}, this device needs {arch}"
+        found.append(FoundPack(path, pack, reason))
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def installed_packs(settings: Settings, arch: str) -> tuple[tuple[Pack, ...], tuple[str, ...]]:
+    """The readable packs of ``arch``, and one line for each that was refused."""
+    packs, refused = [], []
+    for item in found_packs(settings, arch):
+        if item.pack is None:
+            log.warning("glac: pack %s %s\nhint: %s", item.path, item.reason, item.hint)
+        if item.pack is None or item.reason:
+            refused.append(f"{item.path}: {item.reason}")
         else:
-            refused.append(f"{path}: for {pack.arch}, this device needs {arch}")
+            packs.append(item.pack)
     return tuple(packs), tuple(refused)
 
 
@@ -215,7 +243,7 @@ def decide(
 def _not_found(
     problem: Problem, gpu: GpuSpec, op: Op, settings: Settings, tried: list[str]
 ) -> KernelNotFoundError:
-    looked = [str(p) for p in (*settings.pack_path, settings.build_dir, shipped_pack_dir())]
+    looked = [str(p) for p in pack_roots(settings)]
     lines = "".join(f"\n  {line}" for line in (*tried, f"searched: {', '.join(looked)}"))
     return KernelNotFoundError(
         f"GLAC_REQUIRE_AOT=1 and no pack has a {op.value} kernel for {problem} on {gpu.name}:"

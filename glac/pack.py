@@ -46,6 +46,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 SOURCES = ("tuned", "heuristic")
 REBUILD = "rebuild it: glac build"
+ELSEWHERE = "choose another place: glac build --out, or OUT of glac pack merge"
 
 _TOP_KEYS = frozenset(
     {
@@ -199,6 +200,11 @@ class Pack:
     kernels: Mapping[str, PackedKernel]
     rows: tuple[PackRow, ...]
     glac: str = __version__
+
+    @property
+    def code_bytes(self) -> int:
+        """Size of the machine code; kernels with equal code share a file, which counts once."""
+        return sum({kernel.sha256: kernel.size for kernel in self.kernels.values()}.values())
 
     def read_cubin(self, name: str) -> bytes:
         """The machine code of kernel ``name``.
@@ -434,7 +440,7 @@ def manifest_sha256(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _ops(kernels: Iterable[KernelSpec]) -> list[Op]:
+def ops_of(kernels: Iterable[KernelSpec]) -> list[Op]:
     """The ops that kernels belong to."""
     found = {template_op(kernel.template) for kernel in kernels}
     return sorted(found, key=lambda op: op.order)
@@ -471,7 +477,7 @@ def _check_manifest(path: Path, value: object) -> Pack:
         first = seen.setdefault((row.gpu, row.op, row.spec, row.bucket), index)
         if first != index:
             raise check.fail(f"rows[{index}]", f"same GPU, op, spec and bucket as rows[{first}]")
-    ops = _ops(packed.kernel for packed in kernels.values())
+    ops = ops_of(packed.kernel for packed in kernels.values())
     hashes = check.mapping(
         data["templates_sha256"], frozenset(op.value for op in ops), "templates_sha256"
     )
@@ -592,18 +598,47 @@ def write_pack(
         PackError: the content is inconsistent, or ``path`` holds something that is no pack or
             cannot be written.
     """
-    path = Path(path)
     built = {item.kernel.name: item for item in compiled}
-    hashes = templates_sha256(_ops(item.kernel for item in built.values()))
+    return write_folder(
+        Path(path),
+        arch=arch,
+        driver_floor=tools.driver_floor,
+        toolchain=tools.to_dict(),
+        templates=templates_sha256(ops_of(item.kernel for item in built.values())),
+        kernels=[_packed(item) for item in built.values()],
+        rows=rows,
+        cubins={item.sha256: item.cubin for item in built.values()},
+    )
+
+
+def write_folder(
+    path: Path,
+    *,
+    arch: str,
+    driver_floor: int,
+    toolchain: Mapping[str, str],
+    templates: Mapping[Op, str],
+    kernels: Iterable[PackedKernel],
+    rows: Iterable[PackRow],
+    cubins: Mapping[str, bytes],
+) -> Pack:
+    """Write a pack folder from its parts, in place of the pack that may be there.
+
+    ``cubins`` is machine code by its SHA-256; the rest is as in ``Pack``. What was written is read
+    back and checked before it takes its place.
+
+    Raises:
+        PackError: as for ``write_pack``.
+    """
     rows = sorted(rows, key=lambda row: (row.gpu, row.op.order, row.spec, row.bucket))
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "glac": __version__,
         "arch": arch,
-        "driver_floor": tools.driver_floor,
-        "toolchain": tools.to_dict(),
-        "templates_sha256": {op.value: sha for op, sha in hashes.items()},
-        "kernels": {name: _packed(item).to_dict() for name, item in built.items()},
+        "driver_floor": driver_floor,
+        "toolchain": dict(toolchain),
+        "templates_sha256": {op.value: sha for op, sha in templates.items()},
+        "kernels": {kernel.name: kernel.to_dict() for kernel in kernels},
         "rows": [row.to_dict() for row in rows],
     }
     manifest["sha256"] = manifest_sha256(manifest)
@@ -612,21 +647,22 @@ def write_pack(
     if path.exists() and not (path / MANIFEST).is_file() and not _is_empty_folder(path):
         raise PackError(
             f"{path}: exists and is not a kernel pack; it was left as it is",
-            hint="choose another place with --out",
+            hint=ELSEWHERE,
         )
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         (temporary / "cubins").mkdir(parents=True)
-        for digest, cubin in {item.sha256: item.cubin for item in built.values()}.items():
+        for digest, cubin in cubins.items():
             write_bytes(temporary / "cubins" / f"{digest}.cubin", cubin)
         text = json.dumps(manifest, sort_keys=True, indent=1) + "\n"
         write_bytes(temporary / MANIFEST, text.encode())
+        written = read_pack(temporary)
+        for name in written.kernels:
+            written.read_cubin(name)
         _swap_in(temporary, path)
     except OSError as error:
-        raise PackError(
-            f"{path}: cannot be written ({error})", hint="choose another place with --out"
-        ) from None
+        raise PackError(f"{path}: cannot be written ({error})", hint=ELSEWHERE) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return pack

@@ -12,7 +12,7 @@ import importlib.resources
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ _MAX_SIZE = 2**31 - 1
 
 Key = str | int
 Lines = dict[tuple[Key, ...], int]
+RowKey = tuple[Op, Specialisation, Bucket]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,23 @@ class TunedRow:
     def bucket(self) -> Bucket:
         return self.problem.bucket
 
+    @property
+    def key(self) -> RowKey:
+        """What a file has one row for."""
+        return self.op, self.spec, self.bucket
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as the file holds it."""
+        return {
+            "op": self.op.value,
+            "spec": self.spec.to_dict(),
+            "shape": {"B": self.problem.B, "T": self.problem.T, "H": self.problem.H},
+            "bucket": self.bucket.to_dict(),
+            "config": self.config.to_dict(),
+            "stats": asdict(self.stats),
+            "kernels": [asdict(kernel) for kernel in self.kernels],
+        }
+
 
 @dataclass(frozen=True)
 class TunedEnvironment:
@@ -138,7 +156,7 @@ class TunedFile:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file, rows in a stable order."""
-        rows = sorted(self.rows, key=lambda row: (row.op.order, row.spec, row.bucket))
+        rows = _sorted(self.rows)
         hashes = self.environment.templates_sha256
         return {
             "schema": SCHEMA,
@@ -149,19 +167,12 @@ class TunedFile:
                 **asdict(self.environment),
                 "templates_sha256": {op.value: sha for op, sha in hashes.items()},
             },
-            "rows": [
-                {
-                    "op": row.op.value,
-                    "spec": row.spec.to_dict(),
-                    "shape": {"B": row.problem.B, "T": row.problem.T, "H": row.problem.H},
-                    "bucket": row.bucket.to_dict(),
-                    "config": row.config.to_dict(),
-                    "stats": asdict(row.stats),
-                    "kernels": [asdict(kernel) for kernel in row.kernels],
-                }
-                for row in rows
-            ],
+            "rows": [row.to_dict() for row in rows],
         }
+
+
+def _sorted(rows: Collection[TunedRow]) -> list[TunedRow]:
+    return sorted(rows, key=lambda row: (row.op.order, row.spec, row.bucket))
 
 
 # PyYAML may be built without libyaml.
@@ -439,10 +450,10 @@ def parse_tuned(text: str, where: str) -> TunedFile:
     if code_path and code_path not in ARCHS:
         raise doc.fail(("code_path",), f"wanted one of {', '.join(ARCHS)}, got {code_path!r}")
     rows: list[TunedRow] = []
-    first: dict[tuple[Op, Specialisation, Bucket], int] = {}
+    first: dict[RowKey, int] = {}
     for index, item in enumerate(doc.items(data["rows"], ("rows",))):
         row = _row(doc, item, ("rows", index), gpu)
-        other = first.setdefault((row.op, row.spec, row.bucket), index)
+        other = first.setdefault(row.key, index)
         if other != index:
             raise doc.fail(
                 ("rows", index),
@@ -487,14 +498,192 @@ def tuned_text(file: TunedFile) -> str:
 
 
 def dump_tuned(file: TunedFile, path: Path | str) -> None:
-    """Write ``file`` to ``path``, all of it or nothing.
+    """Write ``file`` to ``path``, all of it or nothing; folders are made.
 
     Raises:
-        ConfigError: the content breaks a rule that ``load_tuned`` checks; nothing was written.
+        ConfigError: the content breaks a rule that ``load_tuned`` checks, or ``path`` cannot be
+            written; nothing was written.
     """
     text = tuned_text(file)
     parse_tuned(text, str(path))
-    write_text(path, text)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _kept(old: TunedFile, new: TunedFile) -> list[TunedRow]:
+    """Rows of ``old`` that ``new`` has none for."""
+    taken = {row.key for row in new.rows}
+    return [row for row in old.rows if row.key not in taken]
+
+
+def merge_tuned(old: TunedFile, new: TunedFile) -> tuple[TunedFile, int, int]:
+    """``new`` plus the rows of ``old`` for other ops, specialisations and buckets.
+
+    The header is that of ``new``; ``header_conflicts`` says what it gets wrong.
+
+    Returns:
+        The merged file, the number of rows of ``old`` that were kept and that were replaced.
+
+    Raises:
+        ConfigError: the files are for different GPUs.
+    """
+    if old.gpu != new.gpu:
+        raise ConfigError(
+            f"rows for {old.gpu} cannot join rows for {new.gpu}", hint="one file is for one GPU"
+        )
+    kept = [
+        # A row that names no device means the one in the header, which may be another now.
+        replace(
+            row, stats=replace(row.stats, measured_on=row.stats.measured_on or old.measured_on)
+        )
+        for row in _kept(old, new)
+    ]
+    hashes = {row.op: old.environment.templates_sha256[row.op] for row in kept}
+    hashes.update(new.environment.templates_sha256)
+    merged = replace(
+        new,
+        environment=replace(new.environment, templates_sha256=hashes),
+        rows=(*new.rows, *kept),
+    )
+    return merged, len(kept), len(old.rows) - len(kept)
+
+
+def header_conflicts(old: TunedFile, new: TunedFile) -> list[str]:
+    """What ``merge_tuned(old, new)`` would say wrongly of the rows that it keeps of ``old``.
+
+    A file has one header, whose toolchain and templates certify every row. The build takes other
+    machine code than the certified one for an error if they match, so they must be true.
+    """
+    kept = _kept(old, new)
+    if not kept:
+        return []
+    then, now = old.environment, new.environment
+    facts = [
+        ("triton", then.triton, now.triton),
+        ("ptxas", then.ptxas, now.ptxas),
+        ("code path", old.code_path, new.code_path),
+    ]
+    for op in sorted({row.op for row in kept}, key=lambda op: op.order):
+        sha = then.templates_sha256[op]
+        other = now.templates_sha256.get(op, sha)
+        facts.append((f"{op.value} templates", sha, other))
+    if not all(row.stats.measured_on for row in kept) and not old.measured_on:
+        facts.append(("measured on", "", new.measured_on))
+    certified = {kernel.name: kernel.cubin_sha256 for row in new.rows for kernel in row.kernels}
+    for name, sha in {k.name: k.cubin_sha256 for row in kept for k in row.kernels}.items():
+        facts.append((f"SHA-256 of {name}", sha, certified.get(name, sha)))
+    return [f"{what} {_short(a)} against {_short(b)}" for what, a, b in facts if a != b]
+
+
+def _short(value: str) -> str:
+    """A hash by its first digits, as text is shown to people; nothing as a word."""
+    return value[:12] if _HEX64.fullmatch(value) else value or "unknown"
+
+
+@dataclass(frozen=True)
+class RowChange:
+    """Two rows for one op, specialisation and bucket that are not the same.
+
+    Attributes:
+        old: the row of the first file.
+        new: that of the second.
+        fields: what differs: ``shape``, ``config``, ``kernels``, or the name of a measurement.
+    """
+
+    old: TunedRow
+    new: TunedRow
+    fields: tuple[str, ...]
+
+    @property
+    def ratio(self) -> float | None:
+        """New time by old time; ``None`` if the old row has no time."""
+        return self.new.stats.us / self.old.stats.us if self.old.stats.us else None
+
+
+@dataclass(frozen=True)
+class TunedDiff:
+    """How two tuned files differ; false if they do not.
+
+    Attributes:
+        header: old and new value of each field of the header that differs.
+        removed: rows of the first file that the second has none for.
+        added: rows of the second file that the first has none for.
+        changed: rows of both that are not the same.
+        same: how many rows are.
+    """
+
+    header: Mapping[str, tuple[str, str]]
+    removed: tuple[TunedRow, ...]
+    added: tuple[TunedRow, ...]
+    changed: tuple[RowChange, ...]
+    same: int
+
+    def __bool__(self) -> bool:
+        return bool(self.header or self.removed or self.added or self.changed)
+
+    def to_dict(self) -> dict[str, Any]:
+        def row(item: TunedRow) -> dict[str, Any]:
+            return {**item.to_dict(), "config_id": item.config.slug}
+
+        return {
+            "header": {key: {"old": a, "new": b} for key, (a, b) in self.header.items()},
+            "removed": [row(item) for item in self.removed],
+            "added": [row(item) for item in self.added],
+            "changed": [
+                {
+                    "fields": list(change.fields),
+                    "ratio": change.ratio,
+                    "old": row(change.old),
+                    "new": row(change.new),
+                }
+                for change in self.changed
+            ],
+            "same": self.same,
+        }
+
+
+def _header(file: TunedFile) -> dict[str, str]:
+    """Everything but the rows, flat."""
+    environment = {
+        field: getattr(file.environment, field)
+        for field in _names(TunedEnvironment)
+        if field != "templates_sha256"
+    }
+    hashes = file.environment.templates_sha256
+    return {
+        "gpu": file.gpu,
+        "measured_on": file.measured_on,
+        "code_path": file.code_path,
+        **environment,
+        **{f"templates_sha256.{op.value}": sha for op, sha in hashes.items()},
+    }
+
+
+def _changes(old: TunedRow, new: TunedRow) -> tuple[str, ...]:
+    then, now = old.to_dict(), new.to_dict()
+    fields = [name for name in ("shape", "config", "kernels") if then[name] != now[name]]
+    stats = [name for name in then["stats"] if then["stats"][name] != now["stats"][name]]
+    return (*fields, *stats)
+
+
+def diff_tuned(old: TunedFile, new: TunedFile) -> TunedDiff:
+    """Compare two tuned files field by field; the order of their rows does not count."""
+    before, after = _header(old), _header(new)
+    pairs = {key: (before.get(key, ""), after.get(key, "")) for key in {**before, **after}}
+    theirs = {row.key: row for row in new.rows}
+    ours = {row.key for row in old.rows}
+    both = [(row, theirs[row.key]) for row in _sorted(old.rows) if row.key in theirs]
+    changed = [RowChange(a, b, _changes(a, b)) for a, b in both if a != b]
+    return TunedDiff(
+        header={key: (a, b) for key, (a, b) in pairs.items() if a != b},
+        removed=tuple(_sorted(_kept(old, new))),
+        added=tuple(row for row in _sorted(new.rows) if row.key not in ours),
+        changed=tuple(changed),
+        same=len(both) - len(changed),
+    )
 
 
 @functools.cache

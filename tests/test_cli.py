@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,7 +85,7 @@ def configs_dir(tmp_path: Path) -> Path:
 # ---- help ----
 
 
-@pytest.mark.parametrize("name", ["glac", "glac pack", "glac configs", *commands()])
+@pytest.mark.parametrize("name", ["glac", "glac pack", "glac cache", "glac configs", *commands()])
 def test_every_command_has_help(name: str) -> None:
     result = glac(*name.split()[1:], "--help")
     assert result.exit_code == 0, result.output
@@ -158,6 +159,8 @@ def test_module_runs_as_the_script_does() -> None:
         ["bench", "--impl", "magic"],
         ["completion", "tcsh"],
         ["pack", "show"],
+        ["pack", "list", "--arch", "sm_75"],
+        ["pack", "merge", "out"],
     ],
     ids=" ".join,
 )
@@ -332,6 +335,152 @@ def test_pack_show_and_verify(tmp_path: Path) -> None:
     assert document(glac("pack", "verify", pack.path, "--json"))["error"]["code"] == "pack"
 
 
+def test_pack_list_says_what_is_used_in_which_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glac import dispatch
+
+    monkeypatch.setattr(dispatch, "shipped_pack_dir", lambda: tmp_path / "shipped")
+    empty = glac("pack", "list")
+    assert (empty.exit_code, empty.stdout.startswith("no packs; looked in ")) == (0, True)
+    own = fake_pack(tmp_path / "own")
+    cached = fake_pack(tmp_path / "cache" / "packs" / "sm_90a")
+    broken = fake_pack(tmp_path / "shipped" / "sm_90a")
+    (broken.path / "manifest.json").write_text("{}")
+    monkeypatch.setenv("GLAC_PACK_PATH", str(own.path))
+    data = document(glac("pack", "list", "--json"))["data"]
+    assert data["searched"] == [str(own.path), *(str(p.path.parent) for p in (cached, broken))]
+    assert [row["path"] for row in data["packs"]] == [str(p.path) for p in (own, cached, broken)]
+    assert [row["used"] for row in data["packs"]] == [True, True, False]
+    first, last = data["packs"][0], data["packs"][2]
+    assert (first["arch"], first["rows"], first["kernels"]) == ("sm_90a", {"forward": 3}, 4)
+    assert first["bytes"] == sum(kernel.size for kernel in own.kernels.values())
+    assert first["toolchain"] == own.toolchain
+    assert (last["arch"], last["rows"], last["kernels"], last["bytes"]) == (None, {}, None, None)
+    assert last["reason"].startswith(f"refused: {broken.path}: manifest.json")
+    assert "glac build" in last["hint"]
+    text = glac("pack", "list")
+    assert f"not used: {broken.path}: refused: " in text.stdout
+    assert text.stderr == ""
+    # A GPU of the other arch looks at the root that is a pack, and refuses it.
+    (other,) = document(glac("pack", "list", "--arch", "sm_80", "--json"))["data"]["packs"]
+    assert (other["path"], other["used"]) == (str(own.path), False)
+    assert other["reason"] == "for sm_90a, this device needs sm_80"
+
+
+def test_pack_merge_says_what_was_dropped(tmp_path: Path) -> None:
+    first, second = fake_pack(tmp_path / "a"), fake_pack(tmp_path / "b")
+    words: list[str | Path] = ["pack", "merge", tmp_path / "out", first.path, second.path]
+    data = document(glac(*words, "--json"))["data"]
+    assert len(data["pack"]["rows"]) == len(data["dropped"]) == 3
+    assert {row["path"] for row in data["dropped"]} == {str(second.path)}
+    assert {row["kept"] for row in data["dropped"]} == {str(first.path)}
+    assert glac("pack", "verify", tmp_path / "out").exit_code == 0
+    again = glac(*words)
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert "got another pack; it was left as it is" in again.stderr
+    into = glac(*words, tmp_path / "out")
+    assert into.exit_code == 0, into.output
+    assert into.stdout.count("dropped: ") == 6
+
+
+def test_cache_dir_prints_the_folder_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "packs"
+    empty = glac("cache", "dir")
+    assert (empty.exit_code, empty.stdout.strip()) == (0, str(folder))
+    assert "0 packs, 0 bytes" in empty.stderr
+    pack = fake_pack(folder / "sm_90a")
+    (folder / "notes.txt").write_text("mine")
+    data = document(glac("cache", "dir", "--json"))["data"]
+    size = sum(file.stat().st_size for file in pack.path.rglob("*") if file.is_file())
+    assert (data["folder"], data["bytes"]) == (str(folder), size)
+    assert data["packs"] == [{"path": str(pack.path), "bytes": size}]
+    assert data["others"] == [str(folder / "notes.txt")]
+
+
+def test_cache_clear_asks_and_removes_packs_only(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    built = fake_pack(cache / "packs" / "sm_90a").path
+    missed = fake_pack(cache / "on-miss" / "sm_90a" / "forward-x").path
+    tuned = fake_pack(cache / "quickstart" / "sm_90a").path
+    runner = CliRunner()
+    declined = runner.invoke(cli.cli, ["cache", "clear"], input="n\n")
+    assert (declined.exit_code, built.exists(), missed.exists()) == (0, True, True)
+    assert str(built) in declined.stdout
+    assert str(missed) in declined.stdout
+    assert "nothing was removed" in declined.stdout
+    unasked = glac("cache", "clear", "--json")
+    assert unasked.exit_code == 2
+    assert "--yes" in document(unasked)["error"]["message"]
+    # A pack of an older format is still one that glac wrote.
+    (built / "manifest.json").write_text('{"format": 1}')
+    data = document(glac("cache", "clear", "--yes", "--json"))["data"]
+    assert [row["path"] for row in data["removed"]] == [str(built), str(missed)]
+    assert (list(built.parent.iterdir()), list(missed.parent.iterdir())) == ([], [])
+    assert tuned.exists()
+    assert glac("cache", "clear", "--yes").stdout == "no packs to remove\n"
+
+
+def _stray_file(pack: Path) -> None:
+    (pack.parent / "thesis.txt").write_text("years of work")
+
+
+def _stray_file_in_the_pack(pack: Path) -> None:
+    (pack / "thesis.txt").write_text("years of work")
+
+
+def _stray_cubin(pack: Path) -> None:
+    (pack / "cubins" / "mine.cubin").write_text("years of work")
+
+
+def _foreign_manifest(pack: Path) -> None:
+    (pack / "manifest.json").write_text('{"name": "an app"}')
+
+
+def _link(pack: Path) -> None:
+    pack.rename(pack.parent.parent / "elsewhere")
+    pack.symlink_to(pack.parent.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "spoil", [_stray_file, _stray_file_in_the_pack, _stray_cubin, _foreign_manifest, _link]
+)
+def test_cache_clear_refuses_what_is_no_pack(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    packs = tmp_path / "cache" / "packs"
+    spoil(fake_pack(packs / "sm_90a").path)
+    fake_pack(packs / "sm_80")
+    before = sorted(packs.rglob("*"))
+    result = glac("cache", "clear", "--yes", "--json")
+    assert result.exit_code == 1
+    error = document(result)["error"]
+    assert error["code"] == "pack"
+    assert "nothing was removed" in error["message"]
+    assert sorted(packs.rglob("*")) == before
+
+
+def test_cache_clear_removes_all_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packs = tmp_path / "cache" / "packs"
+    for name in ("sm_80", "sm_90a"):
+        fake_pack(packs / name)
+    before = sorted(packs.rglob("*"))
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == "sm_90a":
+            raise PermissionError("not yours")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    result = glac("cache", "clear", "--yes")
+    assert result.exit_code == 1
+    assert "not yours" in result.stderr
+    assert sorted(packs.rglob("*")) == before
+
+
 def test_explain_says_why_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["explain", "2,1000,3,96,80", "--gpu", "a100", "--gate", "lowrank", "--rank", "32"]
     result = glac(*words)
@@ -366,6 +515,108 @@ def test_configs_commands(configs_dir: Path) -> None:
     assert (broken.exit_code, broken.stdout) == (1, "")
     assert f"error: {path}:" in broken.stderr
     assert glac("configs", "show", "no/such.yaml").exit_code == 1
+
+
+def test_configs_diff(configs_dir: Path) -> None:
+    path, other = configs_dir / "h100.yaml", configs_dir / "other.yaml"
+    other.write_text(path.read_text())
+    equal = glac("configs", "diff", path, other)
+    assert (equal.exit_code, equal.stdout, equal.stderr) == (0, "equal: 2 rows\n", "")
+    assert document(glac("configs", "diff", path, other, "--json"))["data"]["same"] == 2
+
+    text = path.read_text().replace("us: 118.25", "us: 59.125", 1)
+    other.write_text(text.replace("ptxas: 12.9.86", "ptxas: '13'"))
+    differs = glac("configs", "diff", path, other)
+    assert differs.exit_code == 1
+    header, row = (differs.stdout.splitlines()[i] for i in (2, -1))
+    assert header.split() == ["ptxas", "12.9.86", "13"]
+    assert row.split()[-4:] == ["118.2", "59.1", "0.500", "us"]
+    assert differs.stderr == (
+        f"error: {path} and {other} differ: 1 changed, 1 in the header; 1 equal\n"
+    )
+    found = document(glac("configs", "diff", path, other, "--json"))
+    assert found["error"]["code"] == "failed"
+    assert found["data"]["header"] == {"ptxas": {"old": "12.9.86", "new": "13"}}
+    (change,) = found["data"]["changed"]
+    assert (change["fields"], change["ratio"]) == (["us"], 0.5)
+    assert change["old"]["stats"]["us"] == 118.25
+    assert change["new"]["config_id"] == change["old"]["config_id"]
+
+    missing = glac("configs", "diff", path, "no/such.yaml", "--json")
+    assert (missing.exit_code, document(missing)["error"]["code"]) == (1, "config")
+    assert glac("configs", "diff", path).exit_code == 2
+
+
+def test_configs_diff_lists_rows_of_one_file_only(configs_dir: Path) -> None:
+    from glac.tuned import dump_tuned
+
+    path, other = configs_dir / "h100.yaml", configs_dir / "other.yaml"
+    file = tuned_file()
+    dump_tuned(replace(file, rows=file.rows[:1]), other)
+    removed = glac("configs", "diff", path, other)
+    assert removed.stdout.splitlines()[-1].startswith("removed  forward  k16_v16_vector_bf16")
+    assert f"1 only in {path}; 1 equal" in removed.stderr
+    added = glac("configs", "diff", other, path)
+    assert added.stdout.splitlines()[-1].startswith("added  forward  k16_v16_vector_bf16")
+    assert f"1 only in {path}; 1 equal" in added.stderr
+
+
+def test_configs_merge(configs_dir: Path) -> None:
+    from glac.tuned import dump_tuned, load_tuned
+
+    file = tuned_file()
+    path, new, out = (configs_dir / f"{name}.yaml" for name in ("h100", "new", "out"))
+    (row, _) = file.rows
+    faster = replace(row, stats=replace(row.stats, us=59.0))
+    dump_tuned(replace(file, rows=(faster,)), new)
+    merged = glac("configs", "merge", out, path, new)
+    assert (merged.exit_code, merged.stderr) == (0, "")
+    assert merged.stdout.endswith(f"\n\n{out}: h100, 2 rows\n")
+    assert set(load_tuned(out).rows) == {faster, file.rows[1]}
+    # In the other order the row of the whole file stays, and OUT may be one of the files.
+    again = document(glac("configs", "merge", out, out, new, path, "--json"))["data"]
+    assert [(item["kept"], item["replaced"]) for item in again["files"]] == [
+        (0, 2),
+        (0, 1),
+        (2, 0),
+    ]
+    assert (again["path"], again["gpu"], again["rows"]) == (str(out), "h100", 2)
+    assert out.read_bytes() == path.read_bytes()
+
+
+def test_configs_merge_refuses(configs_dir: Path) -> None:
+    from glac.tuned import dump_tuned
+
+    file = tuned_file()
+    path, new, out = (configs_dir / f"{name}.yaml" for name in ("h100", "new", "out"))
+    older = replace(file.environment, triton="3.6.0")
+    dump_tuned(replace(file, environment=older, rows=file.rows[:1]), new)
+    refused = glac("configs", "merge", out, path, new)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert f"{path}: the header of {new} would be wrong about 1 rows" in refused.stderr
+    assert "triton 3.7.1 against 3.6.0" in refused.stderr
+    assert "\nhint: tune these rows again" in refused.stderr
+    assert (
+        document(glac("configs", "merge", out, path, new, "--json"))["error"]["code"] == "config"
+    )
+    # What a later file replaces is not held against the header.
+    assert glac("configs", "merge", out, new, path).exit_code == 0
+    out.unlink()
+    assert glac("configs", "merge", out, path, new, path).exit_code == 0
+    out.unlink()
+
+    dump_tuned(tuned_file("h200"), new)
+    foreign = glac("configs", "merge", out, new, path)
+    assert foreign.exit_code == 1
+    assert f"error: {new}: rows for h200 cannot join rows for h100" in foreign.stderr
+    assert not out.exists()
+    before = new.read_bytes()
+    there = glac("configs", "merge", new, path, path)
+    assert there.exit_code == 1
+    assert "is there already" in there.stderr
+    assert f"hint: to update it: glac configs merge {new} {new} {path} {path}" in there.stderr
+    assert new.read_bytes() == before
+    assert glac("configs", "merge", out, path).exit_code == 2
 
 
 def test_doctor_judges(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
 import shutil
@@ -18,9 +19,11 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from glac.compile import compile_kernel, toolchain
+from glac.compile import Toolchain, compile_kernel, toolchain
 from glac.errors import PackError
+from glac.gpus import GPUS
 from glac.kernelspec import KernelSpec, config_kernels
+from glac.merge import merge_packs
 from glac.pack import MANIFEST, Pack, PackRow, manifest_sha256, read_pack, write_pack
 from glac.problem import Bucket, Op
 from glac.templates import templates_sha256
@@ -415,3 +418,106 @@ def test_lowrank_row_has_its_own_abi(pack: Pack) -> None:
     names = [name for name, _ in pack.kernels[row.kernels["gla_fwd"]].args]
     assert "x" in names
     assert "g" not in names
+
+
+# Merging.
+
+
+def _one_row(path: Path, row: PackRow, tools: Toolchain = FAKE_TOOLS) -> Pack:
+    arch = GPUS[row.gpu].arch
+    kernels = config_kernels(row.spec, row.config, arch)
+    return write_pack(path, arch, map(fake_compiled, kernels), [row], tools)
+
+
+def test_merge_is_what_one_build_would_have_written(pack: Pack, tmp_path: Path) -> None:
+    backward = PackRow.make("h200", "tuned", "", VECTOR, Bucket(5, 9), BACKWARD)
+    other = _one_row(tmp_path / "b", backward)
+    result = merge_packs(tmp_path / "out", [pack, other])
+    assert result.dropped == ()
+    kernels = [packed.kernel for p in (pack, other) for packed in p.kernels.values()]
+    rows = [*pack.rows, *other.rows]
+    write_pack(tmp_path / "one", "sm_90a", map(fake_compiled, kernels), rows, FAKE_TOOLS)
+    assert _files(tmp_path / "out") == _files(tmp_path / "one")
+    assert read_pack(tmp_path / "out") == result.pack
+    assert set(result.pack.templates_sha256) == set(Op)
+
+
+def test_merge_keeps_the_earlier_row_and_only_its_kernels(tmp_path: Path) -> None:
+    first = _one_row(
+        tmp_path / "a", PackRow.make("h100", "heuristic", "", VECTOR, Bucket(5, 9), WHOLE)
+    )
+    rival = PackRow.make("h100", "tuned", "Some GPU", VECTOR, Bucket(5, 9), SPLIT)
+    second = _one_row(tmp_path / "b", rival)
+    result = merge_packs(tmp_path / "out", [first, second])
+    assert result.pack.rows == first.rows
+    assert result.pack.kernels == first.kernels
+    (dropped,) = result.dropped
+    assert (dropped.row, dropped.path, dropped.kept) == (rival, second.path, first.path)
+    # The other way round, and in place of one of the two.
+    result = merge_packs(second.path, [second, first])
+    assert result.pack.rows == (rival,)
+    assert set(_files(second.path)) == {MANIFEST} | {
+        f"cubins/{kernel.sha256}.cubin" for kernel in second.kernels.values()
+    }
+
+
+def _untouched(tmp_path: Path, message: str, packs: list[Pack]) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(PackError, match=message) as caught:
+        merge_packs(tmp_path / "out", packs)
+    assert caught.value.hint
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_merge_refuses_what_one_manifest_cannot_say(pack: Pack, tmp_path: Path) -> None:
+    row = PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), WHOLE)
+    a100 = _one_row(tmp_path / "a", replace(row, gpu="a100", kernels=_names(row, "sm_80")))
+    _untouched(tmp_path, "arch: wanted sm_90a as in .*, got sm_80", [pack, a100])
+    newer = _one_row(tmp_path / "b", row, replace(FAKE_TOOLS, ptxas="13.0.48"))
+    _untouched(tmp_path, r"toolchain: wanted .*12\.9\.86.*got .*13\.0\.48", [pack, newer])
+    old = _one_row(tmp_path / "c", row)
+    data = json.loads((old.path / MANIFEST).read_text())
+    data["templates_sha256"]["forward"] = "0" * 64
+    _write(old.path, data, sign=True)
+    _untouched(tmp_path, "templates_sha256.forward: wanted", [pack, read_pack(old.path)])
+    _untouched(tmp_path, "no pack to merge", [])
+
+
+def _names(row: PackRow, arch: str) -> dict[str, str]:
+    return {kernel.template: kernel.name for kernel in config_kernels(row.spec, row.config, arch)}
+
+
+def test_merge_refuses_one_name_for_two_kernels(pack: Pack, tmp_path: Path) -> None:
+    row = PackRow.make("h200", "tuned", "", VECTOR, Bucket(9, 9), WHOLE)
+    (kernel,) = config_kernels(VECTOR, WHOLE, "sm_90a")
+    for name, change, message in (
+        ("a", {"cubin": b"other", "sha256": hashlib.sha256(b"other").hexdigest()}, "sha256"),
+        ("b", {"registers": 65}, "content"),
+    ):
+        built = replace(fake_compiled(kernel), **change)
+        other = write_pack(tmp_path / name, "sm_90a", [built], [row], FAKE_TOOLS)
+        message = rf"kernels\['{kernel.name}'\].{message}: wanted .* one name cannot"
+        _untouched(tmp_path, message, [pack, other])
+
+
+def test_merge_checks_the_code_and_leaves_other_packs_alone(pack: Pack, tmp_path: Path) -> None:
+    row = PackRow.make("h200", "tuned", "", VECTOR, Bucket(9, 9), WHOLE)
+    damaged = _one_row(tmp_path / "a", row)
+    next((damaged.path / "cubins").iterdir()).write_bytes(b"x")
+    _untouched(tmp_path, "wanted .* bytes, got 1", [pack, damaged])
+    fake_pack(tmp_path / "out")
+    _untouched(tmp_path, "got another pack; it was left as it is", [pack])
+
+
+def test_what_was_written_badly_takes_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:-1] if path.suffix == ".cubin" else data)
+
+    old = fake_pack(tmp_path / "p")
+    before = _files(tmp_path)
+    monkeypatch.setattr("glac.pack.write_bytes", spoil)
+    with pytest.raises(PackError, match="bytes, got"):
+        fake_pack(old.path)
+    assert _files(tmp_path) == before

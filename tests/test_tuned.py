@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -14,8 +15,20 @@ from glac.configs import ChunkKernelConfig, ForwardConfig
 from glac.errors import ConfigError
 from glac.gpus import GPUS
 from glac.problem import DType, Op, Problem
-from glac.tuned import dump_tuned, load_tuned, parse_tuned, shipped, shipped_names, tuned_text
-from tests.helpers_packs import BACKWARD, VECTOR, WHOLE, tuned_file, tuned_row
+from glac.tuned import (
+    TunedFile,
+    TunedRow,
+    diff_tuned,
+    dump_tuned,
+    header_conflicts,
+    load_tuned,
+    merge_tuned,
+    parse_tuned,
+    shipped,
+    shipped_names,
+    tuned_text,
+)
+from tests.helpers_packs import BACKWARD, SPLIT, VECTOR, WHOLE, tuned_file, tuned_row
 
 FILE = tuned_file()
 TEXT = tuned_text(FILE)
@@ -188,3 +201,141 @@ def test_shipped_files_are_valid() -> None:
         assert shipped(name) is None
     with pytest.raises(ConfigError, match="unknown GPU"):
         shipped("../h100")
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    dump_tuned(FILE, tmp_path / "new" / "h100.yaml")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        dump_tuned(FILE, tmp_path / "new" / "h100.yaml" / "h100.yaml")
+
+
+# ---- merge ----
+
+FIRST, SECOND = FILE.rows
+OTHER = tuned_row(Problem(VECTOR, 2, 4096, 16), WHOLE)
+
+
+def _with(*rows: TunedRow, **environment: Any) -> TunedFile:
+    """``FILE`` with other rows and another environment."""
+    return replace(FILE, environment=replace(FILE.environment, **environment), rows=rows)
+
+
+def test_merge_keeps_what_is_not_replaced() -> None:
+    again = tuned_row(SECOND.problem, WHOLE)
+    new = _with(again, OTHER, date="2026-02-03")
+    merged, kept, replaced = merge_tuned(FILE, new)
+    assert (kept, replaced) == (1, 1)
+    assert set(merged.rows) == {FIRST, again, OTHER}
+    assert merged.environment == new.environment
+    assert header_conflicts(FILE, new) == []
+    assert set(parse_tuned(tuned_text(merged), "x.yaml").rows) == set(merged.rows)
+
+
+def test_merge_of_a_file_with_itself_is_the_file() -> None:
+    assert merge_tuned(FILE, FILE) == (FILE, 0, 2)
+
+
+def test_merge_takes_template_hashes_by_op() -> None:
+    row = tuned_row(FIRST.problem, BACKWARD)
+    backward = _with(row, templates_sha256={Op.BACKWARD: "b" * 64})
+    merged, *_ = merge_tuned(backward, FILE)
+    assert merged.environment.templates_sha256 == {
+        **FILE.environment.templates_sha256,
+        Op.BACKWARD: "b" * 64,
+    }
+    assert header_conflicts(backward, FILE) == []
+    parse_tuned(tuned_text(merged), "x.yaml")
+
+
+def test_merge_of_two_gpus_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rows for h200 cannot join rows for h100") as caught:
+        merge_tuned(tuned_file("h200"), FILE)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"triton": "3.6.0"}, "triton 3.7.1 against 3.6.0"),
+        ({"ptxas": ""}, "ptxas 12.9.86 against unknown"),
+        ({"templates_sha256": {Op.FORWARD: "0" * 64}}, "forward templates"),
+    ],
+)
+def test_header_that_would_be_wrong_about_rows(change: dict[str, object], text: str) -> None:
+    (conflict,) = header_conflicts(FILE, _with(OTHER, **change))
+    assert conflict.startswith(text)
+    # Nothing stays of the old file, so there is nothing to be wrong about.
+    assert header_conflicts(FILE, _with(*FILE.rows, **change)) == []
+
+
+def test_header_may_differ_in_what_does_not_certify() -> None:
+    assert header_conflicts(FILE, _with(OTHER, driver="1", torch="2", commit="a")) == []
+
+
+def test_one_kernel_with_two_binaries_is_a_conflict() -> None:
+    (kernel,) = OTHER.kernels
+    near = tuned_row(Problem(VECTOR, 8, 4096, 16), WHOLE)
+    other = replace(near, kernels=(replace(kernel, cubin_sha256="0" * 64),))
+    assert header_conflicts(_with(OTHER), _with(near)) == []
+    (conflict,) = header_conflicts(_with(OTHER), _with(other))
+    assert kernel.name in conflict
+    assert conflict.endswith("against 000000000000")
+
+
+def test_a_kept_row_keeps_its_device() -> None:
+    silent = replace(FIRST, stats=replace(FIRST.stats, measured_on=""))
+    new = replace(_with(OTHER), measured_on="Other GPU")
+    merged, *_ = merge_tuned(_with(silent), new)
+    assert [row.stats.measured_on for row in merged.rows] == ["Some GPU", "Some GPU"]
+    unmeasured = replace(_with(silent), measured_on="")
+    assert header_conflicts(unmeasured, new) == ["measured on unknown against Other GPU"]
+
+
+# ---- diff ----
+
+
+def test_equal_files_have_no_difference() -> None:
+    assert not diff_tuned(FILE, FILE)
+    assert diff_tuned(FILE, replace(FILE, rows=FILE.rows[::-1])).same == 2
+
+
+def test_diff_of_rows() -> None:
+    faster = replace(FIRST, stats=replace(FIRST.stats, us=59.125))
+    found = diff_tuned(FILE, _with(OTHER, faster))
+    assert found
+    assert (found.header, found.removed, found.added, found.same) == ({}, (SECOND,), (OTHER,), 0)
+    (change,) = found.changed
+    assert (change.old, change.new) == (FIRST, faster)
+    assert (change.fields, change.ratio) == (("us",), 0.5)
+
+
+def test_diff_names_what_changed() -> None:
+    problem = replace(SECOND.problem, T=500)
+    row = tuned_row(problem, WHOLE)
+    row = replace(row, stats=replace(row.stats, candidates=7))
+    (change,) = diff_tuned(FILE, _with(FIRST, row)).changed
+    assert change.fields == ("shape", "config", "kernels", "candidates")
+    assert SECOND.config == SPLIT
+    kernel = replace(FIRST.kernels[0], cubin_sha256="0" * 64)
+    (change,) = diff_tuned(FILE, _with(replace(FIRST, kernels=(kernel,)), SECOND)).changed
+    assert change.fields == ("kernels",)
+    untimed = replace(FIRST, stats=replace(FIRST.stats, us=0.0))
+    (change,) = diff_tuned(_with(untimed), _with(FIRST)).changed
+    assert change.ratio is None
+
+
+def test_diff_of_headers() -> None:
+    hashes = {Op.FORWARD: "0" * 64}
+    other = replace(_with(*FILE.rows, ptxas="13", templates_sha256=hashes), measured_on="Other")
+    found = diff_tuned(FILE, other)
+    assert found.header == {
+        "measured_on": ("Some GPU", "Other"),
+        "ptxas": ("12.9.86", "13"),
+        "templates_sha256.forward": (
+            FILE.environment.templates_sha256[Op.FORWARD],
+            "0" * 64,
+        ),
+    }
+    assert found.same == 2
+    backward = _with(tuned_row(FIRST.problem, BACKWARD), templates_sha256={Op.BACKWARD: "b" * 64})
+    assert diff_tuned(FILE, backward).header["templates_sha256.backward"] == ("", "b" * 64)

@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from glac import __version__
-from glac.errors import ConfigError, StudyError
+from glac.errors import StudyError
 from glac.gpus import GpuSpec
 from glac.kernelspec import config_kernels
 from glac.pack import Pack
 from glac.problem import Op
 from glac.tuned import (
+    RowKey,
     TunedEnvironment,
     TunedFile,
     TunedKernel,
     TunedRow,
     TunedStats,
     dump_tuned,
+    header_conflicts,
     load_tuned,
+    merge_tuned,
 )
 from glac.tuning.evaluate import Device
 from glac.tuning.study import Report, Result
@@ -96,56 +99,13 @@ def tuned_row(result: Result, pack: Pack, device: Device) -> TunedRow | None:
     return TunedRow(result.problem, choice.config, stats, tuple(kernels))
 
 
-def _kept(old: TunedFile, new: TunedFile) -> list[TunedRow]:
-    """Rows of ``old`` that ``new`` has none for."""
-    taken = {(row.op, row.spec, row.bucket) for row in new.rows}
-    return [row for row in old.rows if (row.op, row.spec, row.bucket) not in taken]
-
-
-def _same_code(old: TunedFile, new: TunedFile) -> bool:
-    """Whether kept rows were made by the toolchain and the templates that the header will name."""
-    then, now = old.environment, new.environment
-    return (then.triton, then.ptxas) == (now.triton, now.ptxas) and all(
-        then.templates_sha256[op] == now.templates_sha256.get(op, then.templates_sha256[op])
-        for op in {row.op for row in _kept(old, new)}
-    )
-
-
-def merge(old: TunedFile | None, new: TunedFile) -> tuple[TunedFile, int, int]:
-    """``new`` plus the rows of ``old`` for other ops, specialisations and buckets.
-
-    Returns:
-        The merged file, the number of rows kept and of rows replaced.
-
-    Raises:
-        StudyError: the files are for different GPUs.
-    """
-    if old is None:
-        return new, 0, 0
-    if old.gpu != new.gpu:
-        raise StudyError(
-            f"the file to update is for {old.gpu}, this study is for {new.gpu}",
-            hint="name another file with --out",
-        )
-    kept = _kept(old, new)
-    hashes = {row.op: old.environment.templates_sha256[row.op] for row in kept}
-    hashes.update(new.environment.templates_sha256)
-    merged = replace(
-        new,
-        environment=replace(new.environment, templates_sha256=hashes),
-        rows=(*new.rows, *kept),
-    )
-    return merged, len(kept), len(old.rows) - len(kept)
-
-
 def _best_of_bucket(rows: Sequence[TunedRow]) -> list[TunedRow]:
     """One row for each op, specialisation and bucket; of two, the larger problem's."""
-    chosen: dict[tuple[object, ...], TunedRow] = {}
+    chosen: dict[RowKey, TunedRow] = {}
     for row in rows:
-        key = (row.op, row.spec, row.bucket)
-        other = chosen.get(key)
+        other = chosen.get(row.key)
         if other is None or row.problem.bytes(row.op) > other.problem.bytes(row.op):
-            chosen[key] = row
+            chosen[row.key] = row
     return list(chosen.values())
 
 
@@ -190,7 +150,7 @@ def export(
         What was written, or ``None`` if no problem has a working config: then nothing is written.
 
     Raises:
-        ConfigError: the old file is broken; it stays as it is.
+        ConfigError: the old file is broken, or cannot be written; it stays as it is.
         StudyError: the old file is for another GPU.
     """
     path = Path(path)
@@ -202,16 +162,14 @@ def export(
     hashes = {row.op: templates_sha256[row.op] for row in rows}
     header = environment(report.device, pack.toolchain, hashes, commit)
     new = TunedFile(gpu.name, report.device.name, gpu.arch, header, tuple(rows))
-    merged, kept, replaced = merge(old, new)
+    merged, kept, replaced = merge_tuned(old, new) if old else (new, 0, 0)
     warnings = []
-    if old and kept and not _same_code(old, new):
+    conflicts = header_conflicts(old, new) if old else []
+    if conflicts:
         warnings.append(
-            f"{kept} older rows were certified with other templates or another toolchain; "
+            f"{kept} older rows were certified with other templates or another toolchain "
+            f"({'; '.join(conflicts)}); "
             "tune them again, or expect `glac build` to report other binaries"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        dump_tuned(merged, path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None
+    dump_tuned(merged, path)
     return Export(path, tuple(rows), kept, replaced, tuple(warnings))
