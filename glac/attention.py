@@ -55,9 +55,9 @@ def chunk_gla(
         k: keys ``[B, T, H, K]``.
         v: values ``[B, T, H, V]``, V <= 512.
         g: forget gate ``[B, T, H, K]`` in q's dtype or fp32: the natural logarithm of each step's
-            decay, not cumulative, ``<= 0``. ``-inf`` resets a channel, and its gradient is 0. A
-            step decays by at most e^-111. Positive gates are an error in checked mode
-            (``GLAC_CHECKED=1``) and undefined otherwise.
+            decay, not cumulative, ``<= 0``. ``-inf`` resets a channel; its gradient is 0, in
+            kernels up to rounding. A step decays by at most e^-111. Positive gates are an error in
+            checked mode (``GLAC_CHECKED=1``) and undefined otherwise.
         scale: factor on the queries, default ``K ** -0.5``.
         initial_state: ``[B, H, K, V]`` in fp32, default zeros. Its gradient is fp32 too.
         output_final_state: also return the state after the last token.
