@@ -13,15 +13,15 @@ gradients together. The forward pass saves nothing but its inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from glac.configs import BackwardConfig
-from glac.plan import GateInput, Plan, gate_arguments, strides
+from glac.plan import GateInput, Gradients, Plan, gate_arguments, strides
 from glac.problem import Problem
 from glac.templates import state_dtype, stride_unit, tiles
+from glac.validate import TORCH_DTYPES
 
 FREE_STATES = 80 << 20
 """Bytes of chunk states that are kept all at once."""
@@ -49,9 +49,9 @@ def windows(problem: Problem, chunk: int) -> tuple[int, int]:
     return math.ceil(problem.T / length), length
 
 
-def _parts(shape: Sequence[int], parts: int, like: Tensor) -> Tensor:
-    """A gradient's memory, with a first dimension of as many parts as tiles make it from."""
-    return torch.empty((parts, *shape), dtype=like.dtype, device=like.device)
+def _parts(like: Tensor, parts: int) -> Tensor:
+    """Memory for the gradient of ``like``, in as many parts as tiles make it from."""
+    return torch.empty((parts, *like.shape), dtype=like.dtype, device=like.device)
 
 
 def _summed(parts: Tensor) -> Tensor:
@@ -60,10 +60,6 @@ def _summed(parts: Tensor) -> Tensor:
         return parts[0]
     # As one addition of whole tensors it takes half the time of a reduction.
     return torch.add(parts[0], parts[1]) if parts.shape[0] == 2 else parts.sum(0)
-
-
-def _state_size(problem: Problem) -> tuple[int, int, int, int]:
-    return problem.B, problem.H, problem.spec.K, problem.spec.V
 
 
 def run_backward(
@@ -78,7 +74,7 @@ def run_backward(
     dht: Tensor | None,
     *,
     dh0: bool,
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], Tensor | None]:
+) -> Gradients:
     """Launch a backward pass. Inputs are validated and laid out as the kernels want them.
 
     Args:
@@ -113,7 +109,7 @@ def run_backward(
     def scratch(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=q.device)
 
-    dq, dk = _parts(q.shape, v_tiles, q), _parts(k.shape, v_tiles, k)
+    dq, dk = _parts(q, v_tiles), _parts(k, v_tiles)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     gate_parts: tuple[Tensor, ...]
     if gate.lowrank:
@@ -125,11 +121,10 @@ def run_backward(
         )
     else:
         assert gate.tensors[0] is not None
-        gate_parts = (_parts(gate.tensors[0].shape, v_tiles, gate.tensors[0]),)
+        gate_parts = (_parts(gate.tensors[0], v_tiles),)
 
     slots = math.ceil(window / chunk)
-    kept_dtype = torch.bfloat16 if state_dtype(spec).itemsize == 2 else torch.float32
-    states = scratch(heads, slots, K, V, dtype=kept_dtype)
+    states = scratch(heads, slots, K, V, dtype=TORCH_DTYPES[state_dtype(spec)])
     n_marks = n_windows - 1  # the last window starts where the walk over all others ends
     marks = scratch(heads, n_marks, K, V) if n_marks else None
     flags = scratch(heads * k_tiles * v_tiles, dtype=torch.int32)
@@ -160,7 +155,7 @@ def run_backward(
             assert marks is not None
             keep_states(begin, end, begin, marks[:, index], n_marks)
         wanted = dh0 or index > 0
-        before = scratch(*_state_size(problem)) if wanted else None
+        before = scratch(B, H, K, V) if wanted else None
         parts = (gate_parts[0], *(part[index] for part in gate_parts[1:]))
         tensors = (q, k, v, *gate.tensors, do, states, d_state, dq, dk, dv, *parts, before, flags)
         scalars = (

@@ -14,7 +14,7 @@ from glac import dispatch
 from glac.configs import MAX_SEGMENTS
 from glac.errors import KernelNotFoundError
 from glac.forward import run_forward
-from glac.plan import STEP_MIN, GateInput
+from glac.plan import STEP_MIN, GateInput, Gradients
 from glac.problem import Op, Problem, Specialisation
 from glac.settings import checked_mode, require_aot
 from glac.templates import stride_unit
@@ -22,8 +22,6 @@ from glac.validate import MAX_PROGRAMS, MAX_TOKEN_STRIDE, check_gate_values
 
 Result = tuple[Tensor, Tensor | None]
 """``o`` and the final state, if asked for."""
-Gradients = tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], Tensor | None]
-"""``dq``, ``dk``, ``dv``, one gradient for each tensor of the gate, and ``dh0`` if asked for."""
 
 _warned: set[Specialisation] = set()
 """Specialisations whose backward pass is not served by kernels while the forward pass is."""

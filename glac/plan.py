@@ -20,6 +20,10 @@ STEP_MIN = -111.0
 """No step decays by more than e^-111 (2^-160, which is 0 in fp32)."""
 
 
+Gradients = tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], Tensor | None]
+"""``dq``, ``dk``, ``dv``, one gradient for each tensor of the gate, and ``dh0`` if asked for."""
+
+
 class Kernel(Protocol):
     """Something that launches: a loaded cubin, or the interpreter."""
 

@@ -185,8 +185,12 @@ def stride_unit(dim: int) -> int:
     return min(16, dim & -dim)
 
 
-_WITHOUT = {"gla_fwd_summary": ("INTERPRETED",), "gla_bwd": ("BX", "INTERPRETED")}
-_WITHOUT["gla_bwd_exact"] = ("INTERPRETED",)
+_WITHOUT = {
+    "gla_fwd_summary": ("INTERPRETED",),
+    "gla_bwd": ("BX", "INTERPRETED"),
+    "gla_bwd_exact": ("INTERPRETED",),
+}
+"""Constants of the others that a template does not take."""
 
 
 def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict[str, Any]:

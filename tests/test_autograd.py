@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from glac import dispatch, engine
 from glac.attention import chunk_gla, chunk_gla_lowrank
 from glac.errors import KernelNotFoundError, NotDifferentiableError
+from glac.plan import Gradients
 from glac.problem import Op
 from glac.reference import lowrank_gate, recurrent_gla, relative_rms
 from glac.settings import require_aot
@@ -372,7 +373,7 @@ def test_gradients_nobody_wants_are_dropped(gate: Gate, monkeypatch: pytest.Monk
     asked: list[bool] = []
     inner = engine.backward
 
-    def spy(*args: Any, dh0: bool) -> engine.Gradients:
+    def spy(*args: Any, dh0: bool) -> Gradients:
         asked.append(dh0)
         return inner(*args, dh0=dh0)
 

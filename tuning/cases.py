@@ -25,6 +25,7 @@ from glac.reference import (
     chunk_gla,
     chunk_gla_backward,
     lowrank_gate,
+    lowrank_gate_backward,
     yardstick_chunk_gla,
     yardstick_chunk_gla_backward,
 )
@@ -305,11 +306,12 @@ class _GateSums:
             (self._exact, exact, torch.float64),
             (self._near, rounded, torch.float32),
         ):
-            with torch.enable_grad():
-                leaves = [x.detach().requires_grad_() for x in self._slice(batch, heads, dtype)]
-                g = _gate_values(tuple(leaves), heads.stop - heads.start, self._normalizer)
-                parts = torch.autograd.grad(g, leaves, dg.to(dtype))
+            x, weight, bias = self._slice(batch, heads, dtype)
+            parts = lowrank_gate_backward(
+                x, weight, bias, dg.to(dtype), normalizer=self._normalizer
+            )
             for total, region, part in zip(sums, (batch, rows, rows), parts, strict=True):
+                assert part is not None
                 total[region] += part
 
     def finish(self, truth: _Truth) -> None:

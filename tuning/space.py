@@ -298,13 +298,14 @@ def _backward_configs(
     spec = problem.spec
     walks = [t for t in _walks(spec, gpu) if t.block_v <= padded_v(spec)]
     # For the values' gradient every tile once: which one wins changes with the number of heads.
-    tiles = {(t.chunk, t.block_v, t.num_warps): t for t in reversed(walks)}
-    by_tile = [t for t in walks if tiles[t.chunk, t.block_v, t.num_warps] == t]
+    by_tile: dict[tuple[int, int, int], ChunkKernelConfig] = {}
+    for tile in walks:
+        by_tile.setdefault((tile.chunk, tile.block_v, tile.num_warps), tile)
     found = []
     for dv in (False, True):
         for grads in _grads_tiles(spec, gpu, dv)[: WHOLE_TRIED if dv else GRADS_TRIED]:
             states = [t for t in walks if grads.chunk % t.chunk == 0][:STATES_TRIED]
-            values = [None] if dv else by_tile[:DV_TRIED]
+            values = [None] if dv else list(by_tile.values())[:DV_TRIED]
             found += [BackwardConfig(s, grads, v) for s in states for v in values]
     legal = [c for c in found if why_illegal(spec, c, gpu) is None and c != default]
     legal.sort(key=lambda c: (_grads_prior(c.grads, spec, gpu), c.slug))
