@@ -7,8 +7,8 @@ A sequence that is walked as a whole falls into windows, from the last to the fi
     gla_bwd_exact    again, where gates left the fast kernel's range
 
 Windows bound what is kept: chunk states of the whole sequence would take as much memory as all
-gradients together. Where the heads are too few for the GPU, the sequence is cut into segments that
-are walked at once. The state before each and the gradient of the state behind each are found first:
+gradients together. Where the heads are too few for the GPU, the sequence is cut into segments
+that are walked at once. The state before each and the gradient of the one behind each come first:
 
     gla_states, gla_combine      what every segment adds to the state, chained
     gla_states, gla_combine      the same for the state's gradient, back in time

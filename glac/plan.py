@@ -153,8 +153,8 @@ def segment_states(
         reverse: whether to walk back.
 
     Returns:
-        ``[B, heads, slots, K, V]`` in fp32. Slot j is the state before segment j, undefined for the
-        first; with ``reverse`` what concerns the end of segment j, undefined for the last.
+        ``[B, heads, slots, K, V]`` in fp32. Slot j is the state before segment j, undefined for
+        the first; with ``reverse`` what concerns the end of segment j, undefined for the last.
     """
     problem = plan.problem
     spec = problem.spec

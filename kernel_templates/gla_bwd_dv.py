@@ -35,8 +35,7 @@ from glac.kernel_templates._bwd import (
     store_rows,
     triangles,
 )
-from glac.kernel_templates._exact import START_RANGE_LOG2, exact_scores
-from glac.kernel_templates._exact import gate_steps
+from glac.kernel_templates._exact import START_RANGE_LOG2, exact_scores, gate_steps
 from glac.kernel_templates._gate import LOG2E, operand
 from glac.kernel_templates._place import place
 
