@@ -22,6 +22,7 @@ from glac.cli import cli
 from glac.errors import ConfigError, MissingEnvironmentError
 from glac.problem import Op
 from glac.reference import chunk_gla, lowrank_gate
+from glac.suites import SUITES
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 PROMISED_COLUMNS = (
@@ -152,6 +153,34 @@ def test_default_problems() -> None:
     assert (problems[5].B, problems[5].H, problems[5].spec.rank) == (16, 8, 16)
 
 
+def test_defaults_with_another_dtype_keep_their_shapes_and_gates() -> None:
+    problems = bench.bench_problems(dtype="fp16", rank=32)
+    assert [p.spec.gate.value for p in problems] == ["vector"] * 5 + ["lowrank"] * 2
+    assert {p.spec.dtype.value for p in problems} == {"fp16"}
+    assert problems[5].spec.rank == 32
+
+
+def test_problems_of_a_suite() -> None:
+    assert tuple(bench.bench_problems(suite="grid")) == SUITES["grid"]
+    half = bench.bench_problems(gates=("lowrank",), suite="grid")
+    assert half == [p for p in SUITES["grid"] if p.spec.rank == 16]
+    assert bench.bench_problems() == list(SUITES["standard"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"suite": "nope"}, "unknown suite 'nope'"),
+        ({"suite": "grid", "shapes": [(1, 1, 1, 16, 16)]}, "has shapes of its own"),
+        ({"suite": "grid", "rank": 16, "dtype": "bf16"}, "has dtype, rank of its own"),
+        ({"suite": "lengths", "gates": ("lowrank",)}, "no problem with a lowrank gate"),
+    ],
+)
+def test_problems_of_a_suite_refuse(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench.bench_problems(**options)
+
+
 def test_parse_shape() -> None:
     assert bench.parse_shape("16,2048,8,128,128") == (16, 2048, 8, 128, 128)
 
@@ -171,6 +200,7 @@ def test_parse_shape_refuses(text: str) -> None:
         {"impls": ()},
         {"gates": ("head",)},
         {"dtype": "int8"},
+        {"suite": "nope"},
         {"shapes": [(1, 1, 1, 512, 16)]},
         {"shapes": [(0, 1, 1, 16, 16)]},
     ],
@@ -200,6 +230,22 @@ def test_the_command_times_the_ops_asked_for(
     monkeypatch.setattr(bench, "run_bench", run_bench)
     assert CliRunner().invoke(cli, ["bench", *words]).exit_code == 0
     assert given["ops"] == ops
+
+
+def test_the_command_times_a_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def run_bench(shapes: Any, gates: Any, *args: object, **options: object) -> dict[str, Any]:
+        given.update(options, shapes=shapes, gates=gates)
+        return {"rows": []}
+
+    monkeypatch.setattr(bench, "run_bench", run_bench)
+    words = ["bench", "--suite", "grid", "--gate", "lowrank"]
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    assert (given["suite"], given["gates"], given["shapes"]) == ("grid", ("lowrank",), None)
+    assert (given["dtype"], given["rank"]) == (None, None)
+    for more in (["--shape", "1,2,3,4,5"], ["--rank", "32"], ["--dtype", "bf16"]):
+        assert CliRunner().invoke(cli, [*words, *more]).exit_code == 2
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
