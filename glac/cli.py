@@ -41,6 +41,11 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # name: (module, attribute, one line for `glac --help`)
 LAZY_COMMANDS: dict[str, tuple[str, str, str]] = {
+    "roofline": (
+        "glac.roofline_cli",
+        "roofline_command",
+        "Say what problems and models cost at least on a GPU.",
+    ),
     "tune": ("glac.tuning.cli", "tune_command", "Search the fastest right config on a GPU."),
 }
 

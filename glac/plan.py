@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from glac.configs import Config
 from glac.problem import Problem, Specialisation
 from glac.templates import stride_unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOG2E = 1.4426950408889634
 STEP_MIN = -111.0
 """No step decays by more than e^-111 (2^-160, which is 0 in fp32)."""
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], Tensor | None]
+Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], Tensor | None]"
 """``dq``, ``dk``, ``dv``, one gradient for each tensor of the gate, and ``dh0`` if asked for."""
 
 

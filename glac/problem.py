@@ -193,6 +193,18 @@ class Problem:
         return inputs + output if op is Op.FORWARD else 2 * inputs + output
 
     @property
+    def tensor_bytes(self) -> dict[str, int]:
+        """Bytes of each input (the gate's tensors together) and of the output, as in ``bytes``."""
+        keys = self.B * self.T * self.H * self.spec.K * self.spec.dtype.itemsize
+        values = self.B * self.T * self.H * self.spec.V * self.spec.dtype.itemsize
+        return {"q": keys, "k": keys, "v": values, "gate": self._gate_bytes, "o": values}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one state of every sequence and head: ``[B, H, K, V]`` in fp32."""
+        return self.B * self.H * self.spec.K * self.spec.V * DType.FP32.itemsize
+
+    @property
     def _gate_bytes(self) -> int:
         """Of the dense gate, or of x, weight and bias."""
         s = self.spec

@@ -40,7 +40,7 @@ GRID: tuple[Shape, ...] = (
     (1, 32768, 4, 256, 512),
     (1, 131072, 16, 128, 128),
 )
-"""Shapes of the performance grid: small and large heads, few and many of them, up to 131K tokens."""
+"""Shapes of the performance grid: heads of 64 to 512 channels, few and many, up to 131K tokens."""
 
 LENGTHS: tuple[Shape, ...] = tuple(
     (131072 // T, T, 16, 128, 128) for T in (1024 << i for i in range(8))

@@ -43,7 +43,7 @@ from glac.configs import (
 from glac.configs import BLOCKS_V as ALL_BLOCKS_V
 from glac.errors import ConfigError
 from glac.gpus import GpuSpec
-from glac.problem import DType, Gate, Op, Problem, Specialisation
+from glac.problem import DType, Op, Problem, Specialisation
 from glac.suites import SUITES as SUITES
 from glac.suites import make_problem as make_problem
 
