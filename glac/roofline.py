@@ -47,7 +47,7 @@ RESULTS_SCHEMA = 2
 """Of the files of `glac bench` that can be read."""
 
 # The step model, fitted to the study of 2026-11-24 on an H200, forward, 98 candidates within 25 %
-# of the best of their problem: 10 % off on average (docs/roofline.md). It holds what is common to
+# of the best of their problem: 9 % off on average (docs/roofline.md). It holds what is common to
 # all chunk kernels: a chunk's products follow each other, so each chunk costs a fixed latency, and
 # small products and exponentials run at a fraction of their peak.
 _STEP_US = 0.39

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,9 +20,9 @@ from click.testing import CliRunner
 from glac import bench
 from glac.cli import cli
 from glac.errors import ConfigError, MissingEnvironmentError
-from glac.problem import Op
+from glac.problem import Op, Problem
 from glac.reference import chunk_gla, lowrank_gate
-from glac.suites import SUITES
+from glac.suites import SUITES, make_problem
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 PROMISED_COLUMNS = (
@@ -675,6 +675,86 @@ def test_plot_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     picture = tmp_path / "h200.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.strip() == str(picture)
+
+
+def timed(problems: Sequence[Problem], op: str, impls: Sequence[str]) -> list[dict[str, Any]]:
+    rows = []
+    for index, p in enumerate(problems):
+        for impl in impls:
+            row = {
+                **{"op": op, "B": p.B, "T": p.T, "H": p.H, "K": p.spec.K, "V": p.spec.V},
+                **{"dtype": "bf16", "gate": p.spec.gate.value, "gate_rank": p.spec.rank},
+                **{"gate_dtype": "bf16", "impl": impl, "us": 100.0 + index, "floor_us": 50.0},
+                "date": "2026-01-02",
+            }
+            rows.append(row)
+    return rows
+
+
+def test_many_problems_become_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    plot = script("plot")
+    drawn = []
+    for name in ("_draw_panel", "_draw_dots"):
+        real = getattr(plot, name)
+
+        def seen(*args: Any, name: str = name, real: Any = real) -> Any:
+            drawn.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(plot, name, seen)
+    for count, way in ((8, "_draw_panel"), (9, "_draw_dots"), (20, "_draw_dots")):
+        rows = timed(SUITES["grid"][:count], "forward", ("glac", "fla"))
+        rows += timed(SUITES["grid"][: count - 1], "training", ("glac",))
+        data = plot.plot_data(document(rows))
+        assert [len(panel.groups) for panel in data.panels] == [count, count - 1]
+        plot.draw(data, tmp_path / "x.png")
+        assert drawn == [way] * 2
+        drawn.clear()
+
+
+def test_times_over_the_length() -> None:
+    plot = script("plot")
+    lengths = SUITES["lengths"]
+    rows = timed(lengths[::-1], "forward", ("fla", "glac"))
+    for row in rows:
+        if row["impl"] == "fla" and row["T"] > 65536:
+            row["us"] = None
+    (panel,) = plot.line_data(document(rows)).panels
+    assert panel.title == "forward\n131072 tokens, 16 heads of 128 x 128, vector gate"
+    assert [line.label for line in panel.lines] == [
+        *("glac", "flash-linear-attention", "memory floor"),
+    ]
+    ours, theirs, floor = panel.lines
+    assert ours.lengths == floor.lengths == tuple(1024 << i for i in range(8))
+    assert ours.values == tuple(107.0 - i for i in range(8))
+    assert theirs.lengths == ours.lengths[:-1]
+    assert set(floor.values) == {50.0}
+
+
+def test_sizes_of_one_plot_have_lines_of_their_own() -> None:
+    small = [make_problem((64 // n, 1024 * n, 2, 64, 64)) for n in (1, 2)]
+    rows = timed([*SUITES["lengths"], *small], "training", ("glac",))
+    (panel,) = script("plot").line_data(document(rows)).panels
+    assert panel.title == "training: forward and backward"
+    assert [line.label.partition(", ")[0] for line in panel.lines] == ["glac", "memory floor"] * 2
+    assert len({line.label for line in panel.lines}) == 4
+    assert [line.dash for line in panel.lines] == ["-", "-", "--", "--"]
+
+
+def test_plot_command_against_the_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot, source = script("plot"), tmp_path / "lengths.json"
+    source.write_text(json.dumps(document(timed(SUITES["lengths"], "forward", ("glac",)))))
+    assert plot.main([str(source), "--against", "T"]) == 0
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    source.write_text(json.dumps(document(ROWS)))
+    assert plot.main([str(source), "--against", "T"]) == 1
+    assert "times at two lengths" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plot.main([str(source), "--against", "T", "--metric", "us"])
 
 
 def test_saved_results_can_be_drawn() -> None:
