@@ -129,9 +129,13 @@ def _gate_step(spec: Specialisation, chunk: int, keys: int) -> tuple[int, int]:
     """
     split = spec.gate is Gate.VECTOR and spec.gate_dtype is not spec.dtype
     sums = 2 * chunk * chunk * keys * (2 if split and spec.dtype is DType.BF16 else 1)
+    if spec.gate is Gate.LOWRANK:
+        return sums + 2 * chunk * max(16, spec.rank) * keys, chunk * keys
     if spec.gate is Gate.VECTOR:
         return sums, 0
-    return sums + 2 * chunk * max(16, spec.rank) * keys, chunk * keys
+    raise ConfigError(
+        f"no count of FLOPs for a {spec.gate.value} gate", hint="gates are vector, lowrank"
+    )
 
 
 def _step(
@@ -346,9 +350,12 @@ class Measurement:
 def named_gpu(device: str) -> GpuSpec | None:
     """The listed GPU in a device's name, such as ``NVIDIA H200``; None if there is none."""
     text = device.lower()
-    family = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in text]
-    exact = [gpu for gpu in family if all(part in text for part in gpu.name.split("-"))]
-    return max(exact, key=lambda gpu: len(gpu.name), default=None)
+    for gpu in GPUS.values():
+        model, *variant = gpu.name.split("-")
+        # An H100 NVL or an A100 PCIe is neither an H100 nor an A100 with the listed bandwidth.
+        if model in text and all((word in text) is (word in variant) for word in ("pcie", "nvl")):
+            return gpu
+    return None
 
 
 def tuned_measurements(problem: Problem, gpu: GpuSpec, op: Op) -> list[Measurement]:

@@ -66,7 +66,7 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    gate = draw(st.sampled_from(list(Gate)))
+    gate = draw(st.sampled_from((Gate.VECTOR, Gate.LOWRANK)))
     shape = (
         draw(st.integers(1, 64)),
         draw(st.integers(1, 1 << 17)),
@@ -176,7 +176,9 @@ def test_the_step_model_by_hand() -> None:
 # ---- properties ----
 
 
-@hypothesis.given(problems(), st.sampled_from(sorted(GPUS)), st.sampled_from(list(Op)))
+@hypothesis.given(
+    problems(), st.sampled_from(sorted(GPUS)), st.sampled_from((Op.FORWARD, Op.BACKWARD))
+)
 def test_bytes_are_those_of_the_problem(problem: Problem, name: str, op: Op) -> None:
     gpu = GPUS[name]
     config = default_config(op, problem.spec, gpu, problem.bucket)
@@ -303,6 +305,8 @@ def test_names_of_devices() -> None:
     assert name("NVIDIA H100 80GB HBM3") == "h100"
     assert name("NVIDIA H100 PCIe") == "h100-pcie"
     assert name("NVIDIA A100-SXM4-80GB") == "a100"
+    assert name("NVIDIA H100 NVL") is None
+    assert name("NVIDIA A100-PCIE-40GB") is None
     assert name("NVIDIA L4") is None
     assert name("") is None
 

@@ -25,7 +25,7 @@ def test_grid_is_ten_shapes_with_both_gates() -> None:
 def test_lengths_hold_the_same_work() -> None:
     lengths = SUITES["lengths"]
     assert [p.T for p in lengths] == [1024 << i for i in range(8)]
-    for op in Op:
+    for op in (Op.FORWARD, Op.BACKWARD):
         assert len({p.bytes(op) for p in lengths}) == 1
     assert LENGTHS[-1] in GRID, "the two series meet"
 
