@@ -1006,6 +1006,14 @@ def run_problems(
         del work
 
 
+def default_out(gpu: str | None, suite: str | None) -> Path:
+    """Where results go: a file for each GPU, and for suites other than the default one's."""
+    name = gpu or "gpu"
+    if suite not in (None, "standard"):
+        name += f"_{suite}"
+    return Path("benchmarks", "results", f"{name}.json")
+
+
 def run_bench(
     shapes: Sequence[Shape] | None = None,
     gates: Sequence[str] | None = None,
@@ -1029,7 +1037,7 @@ def run_bench(
         gates: ``"vector"``, ``"lowrank"``.
         impls: Of ``IMPLS``, measured in this order.
         ops: Of ``OPS``, each timed on every problem.
-        out: Results file; ``benchmarks/results/<gpu>.json`` if None.
+        out: Results file; :func:`default_out` if None.
         suite: Of ``glac.suites.SUITES``.
         dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         gate_dtype: Of a vector gate: ``dtype`` (None) or ``"fp32"``.
@@ -1059,7 +1067,7 @@ def run_bench(
     harness = cuda_harness(budget_ms)
     env = environment(harness)
     if out is None:
-        out = Path("benchmarks", "results", f"{env['gpu_spec'] or 'gpu'}.json")
+        out = default_out(env["gpu_spec"], suite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

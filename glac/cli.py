@@ -513,7 +513,7 @@ def _pack_data(pack: Pack) -> dict[str, Any]:
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Results file [benchmarks/results/GPU.json].",
+    help="Results file [benchmarks/results/GPU.json, GPU_SUITE.json].",
 )
 @common_options
 def bench(

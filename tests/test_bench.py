@@ -248,6 +248,12 @@ def test_the_command_times_a_suite(monkeypatch: pytest.MonkeyPatch) -> None:
         assert CliRunner().invoke(cli, [*words, *more]).exit_code == 2
 
 
+def test_suites_have_files_of_their_own() -> None:
+    names = [bench.default_out(*pair).name for pair in (("h100", None), ("h100", "standard"))]
+    assert names == ["h100.json"] * 2
+    assert bench.default_out(None, "grid") == Path("benchmarks", "results", "gpu_grid.json")
+
+
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MissingEnvironmentError, match="GPU") as caught:
