@@ -26,11 +26,10 @@ from glac.roofline import (
     ChartPoint,
     Roofline,
     chosen_config,
+    kept_states_bytes,
     roofline,
     useful_flops,
 )
-from glac.templates import state_dtype
-from glac.windows import windows
 
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
 """Context lengths at which decoding is compared with softmax attention."""
@@ -251,15 +250,6 @@ def activation_bytes(model: ModelConfig) -> dict[str, int]:
         "feed-forward": 3 * model.inner,
     }
     return {name: count * tokens * _WORD for name, count in channels.items()}
-
-
-def kept_states_bytes(problem: Problem, config: BackwardConfig) -> int:
-    """Chunk states that a backward pass keeps for itself, one layer at a time."""
-    spec = problem.spec
-    count, length = windows(problem, config.grads.chunk)
-    slots = math.ceil(length / config.grads.chunk)
-    per_state = problem.B * problem.H * spec.K * spec.V * state_dtype(spec).itemsize
-    return slots * per_state + (count - 1) * problem.state_bytes
 
 
 @dataclass(frozen=True)

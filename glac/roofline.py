@@ -22,9 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from glac.backward import cut
 from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
+    CombineKernelConfig,
     Config,
     ForwardConfig,
     TileKernelConfig,
@@ -32,9 +34,9 @@ from glac.configs import (
 )
 from glac.errors import ConfigError, MissingEnvironmentError
 from glac.gpus import GPUS, RELATIVES, GpuSpec
+from glac.plan import segments_of
 from glac.problem import DType, Gate, Op, Problem, Specialisation
 from glac.templates import state_dtype, tiles
-from glac.windows import windows
 
 PASSES: dict[str, tuple[Op, ...]] = {
     "forward": (Op.FORWARD,),
@@ -148,7 +150,7 @@ def _step(
     state, by_key, by_value = 2 * C * BK * BV, 2 * C * C * BK, 2 * C * C * BV
     if template == "gla_fwd":  # read-out, update; scores; scores times values
         return flops + 2 * state + by_key + by_value, exps + 2 * C * BK
-    if template in ("gla_fwd_summary", "gla_bwd_states"):  # update
+    if template == "gla_states":  # update
         return flops + state, exps + C * BK
     if template == "gla_bwd_dv":  # read-out, update; scores; scores times do
         return flops + 2 * state + by_key + by_value, exps + 2 * C * BK
@@ -219,69 +221,110 @@ def _work(
     return KernelWork(template, launches, programs, steps, warps, us=us, **total)
 
 
+def _summary_work(
+    problem: Problem,
+    gpu: GpuSpec,
+    config: ChunkKernelConfig,
+    segments: int,
+    length: int,
+    inputs: int,
+    heads: int,
+) -> list[KernelWork]:
+    """What segments add to the state, and its chain; the last one adds to nothing."""
+    spec = problem.spec
+    states = segments * problem.B * heads * spec.K * spec.V * DType.FP32.itemsize
+    programs = tiles("gla_states", spec, config) * (segments - 1) * problem.B * heads
+    combine = tiles("gla_combine", spec, CombineKernelConfig()) * problem.B * heads
+    read = inputs * (segments - 1) // segments
+    steps = math.ceil(length / config.chunk)
+    return [
+        _work(gpu, spec, "gla_states", config, programs, steps, read + states),
+        _work(gpu, spec, "gla_combine", None, combine, 0, 2 * states),
+    ]
+
+
 def _forward_work(problem: Problem, config: ForwardConfig, gpu: GpuSpec) -> list[KernelWork]:
-    spec, heads = problem.spec, problem.B * problem.H
-    segments, length = config.segmentation(problem.T)
+    spec, sizes = problem.spec, problem.tensor_bytes
+    segments, length = segments_of(problem, config.segment)
     found = []
     moved = problem.bytes(Op.FORWARD)
     if segments > 1 and config.summary is not None:
-        sizes = problem.tensor_bytes
-        summaries = (segments - 1) * length
-        states = segments * problem.state_bytes
-        inputs = (sizes["k"] + sizes["v"] + sizes["gate"]) * summaries // problem.T
-        found.append(
-            _work(
-                gpu,
-                spec,
-                "gla_fwd_summary",
-                config.summary,
-                tiles("gla_fwd_summary", spec, config.summary) * (segments - 1) * heads,
-                math.ceil(length / config.summary.chunk),
-                inputs + states,
-            )
-        )
-        combine = config.kernels()["gla_fwd_combine"]
-        programs = tiles("gla_fwd_combine", spec, combine) * heads
-        found.append(_work(gpu, spec, "gla_fwd_combine", None, programs, 0, 2 * states))
-        moved += states
-    programs = tiles("gla_fwd", spec, config.fwd) * segments * heads
-    steps = math.ceil(min(length, problem.T) / config.fwd.chunk)
+        inputs = sizes["k"] + sizes["v"] + sizes["gate"]
+        heads = problem.state_heads
+        found = _summary_work(problem, gpu, config.summary, segments, length, inputs, heads)
+        moved += segments * problem.state_bytes
+    programs = tiles("gla_fwd", spec, config.fwd) * segments * problem.B * problem.H
+    steps = math.ceil(length / config.fwd.chunk)
     return [*found, _work(gpu, spec, "gla_fwd", config.fwd, programs, steps, moved)]
 
 
+def kept_states_bytes(problem: Problem, config: BackwardConfig) -> int:
+    """States that a backward pass keeps for itself at the most: of chunks, and of segments."""
+    spec, way = problem.spec, cut(problem, config)
+    slots = way.at_once * math.ceil(min(way.length, problem.T) / config.grads.chunk)
+    heads = problem.B * problem.state_heads
+    kept = slots * heads * spec.K * spec.V * state_dtype(spec).itemsize
+    if way.segments == 1:
+        return kept
+    starts = problem.B * problem.H * way.segments * spec.K * spec.V * DType.FP32.itemsize
+    # Windows keep both in one place unless heads share a state.
+    shared = way.chained and problem.s_group == 1
+    return kept + (starts if shared else starts + way.segments * problem.state_bytes)
+
+
 def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> list[KernelWork]:
-    spec, grads = problem.spec, config.grads
-    heads, sizes = problem.B * problem.H, problem.tensor_bytes
-    n_windows, window = windows(problem, grads.chunk)
+    spec, grads, sizes = problem.spec, config.grads, problem.tensor_bytes
+    way = cut(problem, config)
+    launches = math.ceil(way.segments / way.at_once)
     k_tiles, v_tiles = math.ceil(spec.K / grads.block_k), math.ceil(spec.V / grads.block_v)
-    # The first launch walks the whole sequence, each later one its window: all but the last.
-    walked = problem.T + (n_windows - 1) * window
-    chunks = math.ceil(problem.T / grads.chunk)
-    states = chunks * heads * spec.K * spec.V * state_dtype(spec).itemsize
-    marks = (n_windows - 1) * problem.state_bytes
-    inputs = (sizes["k"] + sizes["v"] + sizes["gate"]) * walked // problem.T
-    walk = _work(
-        gpu,
-        spec,
-        "gla_bwd_states",
-        config.states,
-        tiles("gla_bwd_states", spec, config.states) * heads,
-        math.ceil(walked / config.states.chunk),
-        inputs + states + 2 * marks,
-        n_windows,
-    )
-    if spec.gate is Gate.LOWRANK:
-        # x's gradient in parts of each head and tile, in fp32; those of weight and bias are small.
-        gate_parts = 4 * problem.B * problem.T * spec.rank * problem.H * k_tiles * v_tiles
+    inputs = sizes["k"] + sizes["v"] + sizes["gate"]
+    found = []
+    walked = launches * way.length  # by each program of gla_states, over all launches
+    if way.chained:
+        # The first launch walks the whole sequence, each later one its window: all but the last.
+        walked = problem.T + (launches - 1) * way.length
+        inputs = inputs * walked // problem.T
+        marks = 2 * (way.segments - 1) * problem.state_bytes
     else:
-        gate_parts = v_tiles * sizes["gate"]
-    parts = v_tiles * (sizes["q"] + sizes["k"]) + gate_parts
-    moved = sum(sizes.values()) + states + parts + (sizes["v"] if grads.dv else 0)
-    programs = k_tiles * v_tiles * heads
-    found = [
-        walk,
-        _work(gpu, spec, "gla_bwd", grads, programs, chunks, moved, n_windows),
-        _work(gpu, spec, "gla_bwd_exact", None, programs, 0, 0, n_windows),
+        back = sizes["q"] + sizes["o"] + sizes["gate"]
+        for read, heads in ((inputs, problem.state_heads), (back, problem.H)):
+            found += _summary_work(
+                problem, gpu, config.states, way.segments, way.length, read, heads
+            )
+        marks = 2 * way.segments * problem.state_bytes
+    chunks = math.ceil(problem.T / grads.chunk)
+    states = chunks * problem.B * problem.state_heads * spec.K * spec.V
+    states *= state_dtype(spec).itemsize
+    found.append(
+        _work(
+            gpu,
+            spec,
+            "gla_states",
+            config.states,
+            tiles("gla_states", spec, config.states)
+            * way.at_once
+            * problem.B
+            * problem.state_heads,
+            math.ceil(walked / config.states.chunk),
+            inputs + states + marks,
+            launches,
+        )
+    )
+    # Gradients come out for each head of the output, and for each tile.
+    token_heads = problem.B * problem.T * problem.H
+    if spec.gate is Gate.LOWRANK:
+        # x's gradient in fp32; those of weight and bias are small.
+        gate_parts = 4 * token_heads * spec.rank * k_tiles * v_tiles
+    else:
+        gate_parts = v_tiles * token_heads * spec.K * spec.gate_dtype.itemsize
+    key_parts = 2 * v_tiles * token_heads * spec.K * spec.dtype.itemsize
+    values = token_heads * spec.V * spec.dtype.itemsize
+    moved = sum(sizes.values()) + states + key_parts + gate_parts + (values if grads.dv else 0)
+    programs = k_tiles * v_tiles * problem.B * problem.H * way.at_once
+    steps = chunks if way.chained else launches * math.ceil(way.length / grads.chunk)
+    found += [
+        _work(gpu, spec, "gla_bwd", grads, programs, steps, moved, launches),
+        _work(gpu, spec, "gla_bwd_exact", None, programs, 0, 0, launches),
     ]
     if config.dv is not None:
         found.append(
@@ -290,16 +333,18 @@ def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> li
                 spec,
                 "gla_bwd_dv",
                 config.dv,
-                tiles("gla_bwd_dv", spec, config.dv) * heads,
-                math.ceil(problem.T / config.dv.chunk),
-                sizes["q"] + sizes["k"] + sizes["gate"] + sizes["o"] + sizes["v"],
+                tiles("gla_bwd_dv", spec, config.dv) * way.segments * problem.B * problem.H,
+                math.ceil(min(way.length, problem.T) / config.dv.chunk),
+                sizes["q"] + sizes["k"] + sizes["gate"] + sizes["o"] + values,
             )
         )
-    summed = v_tiles > 1 or spec.gate is Gate.LOWRANK
+    summed = 0
+    if v_tiles > 1:
+        summed += key_parts + sizes["q"] + sizes["k"]
+    if v_tiles > 1 or spec.gate is Gate.LOWRANK:
+        summed += gate_parts + sizes["gate"]
     if summed:
-        outputs = sizes["gate"] + (sizes["q"] + sizes["k"] if v_tiles > 1 else 0)
-        parts = parts if v_tiles > 1 else gate_parts
-        found.append(_work(gpu, spec, "sums of parts", None, 1, 0, parts + outputs, 3))
+        found.append(_work(gpu, spec, "sums of parts", None, 1, 0, summed, 3))
     return found
 
 
@@ -307,8 +352,13 @@ def kernel_work(problem: Problem, config: Config, gpu: GpuSpec) -> tuple[KernelW
     """What each kernel of a config does for a problem, in launch order.
 
     Raises:
-        ConfigError: a kernel whose work is not known here.
+        ConfigError: a kernel whose work is not known here, or a packed batch.
     """
+    if problem.packed:
+        raise ConfigError(
+            "the work of a packed batch is not counted: it depends on the sequences' lengths",
+            hint="count a dense batch of their mean length",
+        )
     if isinstance(config, ForwardConfig):
         return tuple(_forward_work(problem, config, gpu))
     if isinstance(config, BackwardConfig):

@@ -201,7 +201,7 @@ def test_parse_shape_refuses(text: str) -> None:
         {"gates": ("head",)},
         {"dtype": "int8"},
         {"suite": "nope"},
-        {"shapes": [(1, 1, 1, 512, 16)]},
+        {"shapes": [(1, 1, 1, 1024, 16)]},
         {"shapes": [(0, 1, 1, 16, 16)]},
     ],
 )

@@ -134,6 +134,30 @@ def test_segments_add_summaries_and_states() -> None:
     assert summary.bytes == long.B * 15 * 2048 * 4 * 2 * (256 + 512 + 256) + states
 
 
+def test_backward_segments_add_states_in_both_directions() -> None:
+    long = make_problem((1, 32768, 4, 128, 128))
+    config = BackwardConfig(WALK, TileKernelConfig(32, 64, 128, 4, 3), WALK, segment=1024)
+    names = [kernel.template for kernel in kernel_work(long, config, H200)]
+    assert names == [
+        *("gla_states", "gla_combine", "gla_states", "gla_combine"),
+        *("gla_states", "gla_bwd", "gla_bwd_exact", "gla_bwd_dv"),
+    ]
+    _, _, back, _, keep, grads, _, values = kernel_work(long, config, H200)
+    assert (back.programs, back.steps) == (4 * 31, 32)
+    assert keep.programs * keep.steps == 4 * 1024
+    assert grads.programs * grads.steps == 2 * 4 * 1024
+    assert (values.programs, values.steps) == (4 * 32, 32)
+
+
+def test_grouped_heads_move_less() -> None:
+    grouped = replace(PROBLEM, q_group=1, k_group=4, s_group=2)
+    sizes = grouped.tensor_bytes
+    assert sizes["k"] * 4 == sizes["q"]
+    assert sizes["v"] * 2 == sizes["o"]
+    assert sum(sizes.values()) == grouped.bytes(Op.FORWARD)
+    assert roofline(grouped, H200, config=FORWARD).bytes == grouped.bytes(Op.FORWARD)
+
+
 def test_floors_by_hand() -> None:
     row = roofline(PROBLEM, GPUS["h100"], config=FORWARD)
     moved = TOKEN_HEADS * 2 * (3 * 128 + 2 * 128)
@@ -374,6 +398,8 @@ def test_a_row_without_a_column_is_named() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ConfigError, match="unknown op 'sideways'"):
         roofline(PROBLEM, H200, "sideways")
+    with pytest.raises(ConfigError, match="packed batch is not counted"):
+        roofline(replace(PROBLEM, B=1, packed=16), H200, config=FORWARD)
     with pytest.raises(ConfigError, match="forward pass is none of op backward"):
         roofline(PROBLEM, H200, "backward", config=FORWARD)
 
@@ -433,7 +459,7 @@ def glac(*words: str | Path) -> Result:
 def test_one_problem() -> None:
     done = glac("16,2048,8,128,128", "--gpu", "h200")
     assert done.exit_code == 0, done.output
-    for text in ("16,2048,8,128,128", "training", "gla_bwd_states", "ridge at 179", "served by"):
+    for text in ("16,2048,8,128,128", "training", "gla_states", "ridge at 179", "served by"):
         assert text in done.stdout
 
 
@@ -503,7 +529,7 @@ def test_wrong_usage(words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ("1,64,1,512,16",),
+        ("1,64,1,1024,16",),
         ("1,64,1,16,16", "--gate", "lowrank", "--rank", "7"),
         ("1,64,1,16,16", "--dtype", "bf16", "--gate-dtype", "fp16"),
         ("1,64,1,16,16", "--results", "no/such.json"),
