@@ -177,10 +177,11 @@ def test_a_compiled_packed_call() -> None:
     cu = torch.tensor([0, 7, 20])
     wanted = chunk_gla(**x, cu_seqlens=cu, output_final_state=True)
     compiled = torch.compile(chunk_gla, fullgraph=True, backend="aot_eager")
-    o, state = compiled(**x, cu_seqlens=cu, output_final_state=True)
-    assert wanted[1] is not None
-    assert torch.equal(o, wanted[0])
-    assert torch.equal(state, wanted[1])
+    actual = compiled(**x, cu_seqlens=cu, output_final_state=True)
+    for a, b in zip(actual, wanted, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
 
 
 def test_operators_take_boundaries() -> None:
