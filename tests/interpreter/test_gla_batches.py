@@ -195,7 +195,7 @@ def cut(segment: int, **options: Any) -> BackwardConfig:
 @pytest.mark.parametrize("tokens", [33, 64, 70])
 @pytest.mark.parametrize("hard", [False, True])
 def test_backward_in_segments(tokens: int, hard: bool) -> None:
-    x = drawn(tokens, B=2, heads=(2, 2, 2), hard=hard, seed=tokens)
+    x = drawn(tokens, B=2, hard=hard, seed=tokens)
     assert_right(x, config(16, 16, 32), cut(32, dv_chunk=16, tma=False))
 
 
@@ -226,21 +226,17 @@ def test_groups_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "lengths",
-    [(20,), (7, 33), (0, 5, 0, 31, 0), (1, 1, 1), (16, 32, 48), (0, 0), (63, 1, 0, 32)],
+    "lengths", [(20,), (0, 5, 0, 31, 0), (1, 1, 1), (16, 32, 48), (63, 1, 0, 32)]
 )
 @pytest.mark.parametrize("segment", [0, 32])
 def test_packed_batches(lengths: tuple[int, ...], segment: int) -> None:
-    tokens = sum(lengths)
-    if tokens == 0:
-        pytest.skip("a batch has tokens")
-    x = drawn(tokens, lengths=lengths, heads=(2, 2, 2))
+    x = drawn(sum(lengths), lengths=lengths)
     assert_right(x, config(16, 16, segment), cut(segment, dv_chunk=16))
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(any),
     groups=st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 1, 2)]),
     segment=st.sampled_from([0, 16, 32]),
     lowrank=st.booleans(),
