@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from glac import build
 from glac.compile import toolchain
 from glac.configs import default_config
+from glac.errors import GlacError
 from glac.gpus import GPUS, gpu_by_name
 from glac.pack import write_pack
 from glac.problem import DType, Gate, Op, Problem, Specialisation
@@ -67,7 +68,11 @@ def main() -> int:
 
     rows, results, _ = build._compile_rows(wanted, options.jobs, None)
     needed = {kernel for row in rows for kernel in row.kernels()}
-    kernels = [made for kernel, made in results.items() if kernel in needed]
+    kernels = [
+        made
+        for kernel, made in results.items()
+        if kernel in needed and not isinstance(made, GlacError)
+    ]
     write_pack(options.out, gpu.arch, kernels, [row.row() for row in rows], toolchain())
     print(f"{options.out}: {len(rows)} rows, {len(kernels)} kernels")
     return 0

@@ -1,8 +1,8 @@
 """The sizes and tolerances of flash-linear-attention's own GLA tests, with harder inputs.
 
 Sizes and tolerances are those of its tests/ops/test_gla.py (version 0.6.0). Its inputs are all
-positive, which hides cancellation, and its fp32 tests switch TF32 off; here queries, keys and values
-have signs and kernels run as they are. The reference is fp64.
+positive, which hides cancellation, and its fp32 tests switch TF32 off; here queries, keys and
+values have signs and kernels run as they are. The reference is fp64.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def check(
     grads = torch.autograd.grad((o, ht), leaves, (do, dht))
 
     wide = [t.detach().double() for t in leaves]
-    inputs = (problem, *wide[:3], GateInput((wide[3],)), D**-0.5, wide[4])
+    gate = GateInput((wide[3],))
+    inputs = (problem, wide[0], wide[1], wide[2], gate, D**-0.5, wide[4])
     true_o, true_ht = fallback.forward(*inputs, True, 64, cu)
     dq, dk, dv, (dg,), dh0 = fallback.backward(*inputs, do.double(), dht.double(), 64, True, cu)
     assert true_ht is not None
