@@ -7,11 +7,11 @@
     $run --tool racecheck python tests/gpu/sanitize.py --copies pointers
     $run --tool initcheck python tests/gpu/sanitize.py --copies pointers
 
-``testpack`` is what ``make_pack.py`` builds: rows whose kernels copy through pointers. Three things
-are not faults of a kernel. Loading a kernel asks the driver for parameters until there are no more,
-which memcheck counts as a failed call. racecheck warns of every mbarrier of descriptor copies, which
-a thread sets up and then arrives at itself (SYNCS.EXCH and SYNCS.ARRIVE in the machine code).
-initcheck does not see what descriptor copies and descriptors themselves write.
+``testpack`` is what ``make_pack.py`` builds: rows whose kernels copy through pointers. Three
+things are not faults of a kernel. Loading a kernel asks the driver for parameters until there are
+no more, which memcheck counts as a failed call. racecheck warns of every mbarrier of descriptor
+copies, which a thread sets up and then arrives at itself (SYNCS.EXCH and SYNCS.ARRIVE in the
+machine code). initcheck does not see what descriptor copies and descriptors themselves write.
 
 Without the variable PyTorch hands out parts of large blocks, in which the tools see neither what
 is out of bounds nor what was never written. Inputs are drawn and results checked on the CPU: on
