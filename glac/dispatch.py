@@ -13,7 +13,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -25,6 +25,7 @@ from glac.gpus import ARCHS, GPUS, RELATIVES, GpuSpec, match_gpu
 from glac.pack import Pack, PackRow, read_pack
 from glac.plan import Kernel, Plan
 from glac.problem import Bucket, Op, Problem, Specialisation
+from glac.record import dataclass
 from glac.settings import Settings, load_settings
 
 log = logging.getLogger("glac")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from glac.errors import ConfigError
+from glac.record import dataclass
 
 
 @dataclass(frozen=True)

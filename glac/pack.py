@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,7 @@ from glac.errors import ConfigError, PackError
 from glac.gpus import ARCHS, GPUS
 from glac.kernelspec import KernelSpec, config_kernels
 from glac.problem import Bucket, Op, Specialisation
+from glac.record import dataclass
 from glac.templates import (
     TEMPLATES,
     active_args,

@@ -6,13 +6,13 @@ The same code serves the CUDA driver and Triton's interpreter; they differ only 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from glac.configs import Config
 from glac.problem import Problem, Specialisation
+from glac.record import dataclass
 from glac.templates import stride_unit
 
 LOG2E = 1.4426950408889634

@@ -11,10 +11,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from glac.errors import ConfigError
+from glac.record import dataclass
 
 
 def _flag(name: str) -> bool:
