@@ -64,6 +64,11 @@ class Settings:
         return self.cache_dir / "on-miss"
 
 
+def shipped_pack_dir() -> Path:
+    """Packs inside the installed package; ``glac build --shipped`` makes them."""
+    return Path(__file__).parent / "packs"
+
+
 def load_settings() -> Settings:
     """Read the environment.
 

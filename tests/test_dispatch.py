@@ -46,6 +46,7 @@ def row(
 @dataclass(frozen=True)
 class FakeKernel:
     sha256: str
+    shared: int = 0
 
 
 @dataclass(frozen=True)
