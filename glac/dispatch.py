@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,10 +70,12 @@ class Stats:
     Attributes:
         decisions: problems resolved, by provider.
         compiled: kernels compiled at run time; 0 is what a serving process wants to see.
+        loaded: kernels this process has loaded, over all devices; ``clear`` keeps them.
     """
 
     decisions: dict[str, int] = field(default_factory=dict)
     compiled: int = 0
+    loaded: int = 0
 
 
 _lock = threading.RLock()
@@ -80,9 +84,21 @@ _stats = Stats()
 _served: dict[tuple[Op, Specialisation, Bucket, int], tuple[Decision, Kernels | None]] = {}
 
 
+def _after_fork() -> None:
+    """In a child: another thread of the parent may have held the lock, and is not here."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def stats() -> Stats:
-    """Counters of what dispatch did so far."""
-    return Stats(dict(_stats.decisions), _stats.compiled)
+    """Counters of what dispatch did so far; also as ``glac.stats``."""
+    launch = sys.modules.get("glac.launch")
+    loaded = launch.loaded_kernels() if launch else 0
+    return Stats(dict(_stats.decisions), _stats.compiled, loaded)
 
 
 def clear() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import struct
 import threading
 from collections.abc import Sequence
@@ -21,8 +22,48 @@ _DEFAULT_SHARED = 48 * 1024
 _CODES = {"i32": ("i", 4), "fp32": ("f", 4)}
 
 
-@functools.cache
+_forked = False
+"""Whether this process is the child of one that had the driver open: its handles mean nothing."""
+
+
+def check_fork() -> None:
+    """Refuse to go on in a child of a process that used the driver.
+
+    Raises:
+        DriverError: this is such a child.
+    """
+    if _forked:
+        raise DriverError(
+            "this process was forked from one that had already loaded GPU kernels, and CUDA does "
+            "not survive a fork",
+            hint="start workers with the method spawn or forkserver, or fork before the first use "
+            "of the GPU; CPU tensors work here",
+        )
+
+
+def _after_fork() -> None:
+    global _forked
+    if _open_library.cache_info().currsize:
+        _forked = True
+        # Whoever still holds a kernel gets the error, not a crash; launches pay nothing for it.
+        DriverKernel.launch = _refuse_launch  # type: ignore[method-assign]
+
+
+def _refuse_launch(*args: Any, **options: Any) -> None:
+    check_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _library() -> Any:
+    check_fork()
+    return _open_library()
+
+
+@functools.cache
+def _open_library() -> Any:
     for name in ("libcuda.so.1", "libcuda.so", "nvcuda.dll"):
         try:
             library = ctypes.CDLL(name)
@@ -181,6 +222,23 @@ class DriverKernel:
                 hint="the pack is damaged or from another glac version; rebuild it: glac build",
             )
 
+    def load_now(self) -> None:
+        """Put the code on the device, which the driver otherwise does at the first launch.
+
+        The device must be this thread's current one.
+        """
+        library, function = _library(), ctypes.c_void_p()
+        _want_context(self.device)
+        _check(
+            library.cuKernelGetFunction(ctypes.byref(function), self._handle),
+            f"loading {self.name}",
+        )
+        try:
+            load = library.cuFuncLoad
+        except AttributeError:  # drivers before CUDA 12.4 have loaded it by now
+            return
+        _check(load(function), f"loading {self.name}")
+
     def _slot(self) -> tuple[Any, Any]:
         """This thread's parameter buffer, and the list that tells the driver about it."""
         try:
@@ -223,6 +281,9 @@ class KernelCache:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kernels: dict[tuple[str, str, int], DriverKernel] = {}
+
+    def __len__(self) -> int:
+        return len(self._kernels)
 
     def get(self, key: tuple[str, str, int], load: Any) -> DriverKernel:
         """The kernel of ``key``, made by ``load()`` if this is its first use."""

@@ -20,7 +20,7 @@ from glac.errors import ConfigError, KernelNotFoundError
 from glac.gpus import GPUS
 from glac.pack import Pack, PackRow
 from glac.problem import Bucket, DType, Gate, Op, Problem, Specialisation
-from glac.settings import Settings, load_settings
+from glac.settings import Settings, load_settings, shipped_pack_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = Specialisation(64, 64, DType.BF16, Gate.VECTOR, DType.BF16)
@@ -224,7 +224,7 @@ def test_a_miss_where_only_packs_are_allowed(
         f"other: no forward row for {SPEC.slug}",
         str(tmp_path / "mine"),
         str(tmp_path / "cache" / "packs"),
-        str(dispatch.shipped_pack_dir()),
+        str(shipped_pack_dir()),
     ):
         assert part in text
     assert "glac tune --gpu h100" in caught.value.hint
