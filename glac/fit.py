@@ -41,6 +41,11 @@ def driver_branch(version: tuple[int, int]) -> int:
     return max((branch for known, branch in _BRANCHES if known <= version), default=0)
 
 
+def oldest_cuda(branch: int) -> tuple[int, int]:
+    """The oldest version of CUDA whose drivers are of ``branch`` or newer."""
+    return next(version for version, known in _BRANCHES if known >= branch)
+
+
 @dataclass(frozen=True)
 class Device:
     """What a device lets run.
