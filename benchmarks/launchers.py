@@ -68,7 +68,7 @@ def main() -> None:
     from glac.pack import read_pack
 
     pack = read_pack(options.pack)
-    name = next(n for n, k in pack.kernels.items() if k.kernel.template == "gla_fwd_combine")
+    name = next(n for n, k in pack.kernels.items() if k.kernel.template == "gla_combine")
     info = pack.kernels[name]
     states = torch.zeros(1 << 20, device="cuda")
     decay = torch.zeros(1 << 12, device="cuda")

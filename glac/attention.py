@@ -23,18 +23,42 @@ Passed on like this, the state carries the gradient, and one ``backward`` throug
 gives the gradient of the whole sequence. Passing on ``state.detach()`` cuts the gradient between
 segments (truncated back-propagation through time): outputs are the same, and each segment can do
 its own ``backward`` and release its memory.
+
+**Packed batches.** With ``cu_seqlens`` the tensors hold sequences of any lengths one after the other
+in a batch of one, ``[1, T, H, D]``, and states have one entry for each. The kernels find their
+sequence on the device, so nothing is read back, and a call can be captured in a CUDA graph whose
+``cu_seqlens`` then changes (with as many sequences, some of them perhaps empty). A sequence gives
+the same bits alone and packed, where the config is the same.
+
+**Grouped heads.** Values, gate and state have Hs heads. Keys may have fewer, Hk, a divisor of Hs:
+neighbouring heads then share one. Queries may have fewer too, or a multiple of Hs: then neighbours
+share a state, and the output has as many heads as the queries. Nothing is copied.
 """
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
+import torch
 from torch import Tensor
 
 from glac.autograd import attend
 from glac.errors import InputError
 from glac.plan import STEP_MIN, GateInput
-from glac.validate import check_chunk_size, check_lowrank, check_scalar, check_vector
+from glac.problem import Problem
+from glac.settings import checked_mode
+from glac.validate import (
+    check_boundaries,
+    check_choice,
+    check_chunk_size,
+    check_lowrank,
+    check_scalar,
+    check_vector,
+)
 
 __all__ = ["chunk_gla", "chunk_gla_lowrank"]
+
+StateLayout = Literal["kv", "vk"]
 
 
 def chunk_gla(
@@ -46,26 +70,40 @@ def chunk_gla(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    reverse: bool = False,
+    state_layout: StateLayout = "kv",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention with a dense per-channel gate.
 
     Args:
-        q: queries ``[B, T, H, K]`` in bf16, fp16 or fp32; any T >= 1, K <= 256.
-        k: keys ``[B, T, H, K]``.
-        v: values ``[B, T, H, V]``, V <= 512.
-        g: forget gate ``[B, T, H, K]`` in q's dtype or fp32: the natural logarithm of each step's
+        q: queries ``[B, T, Hq, K]`` in bf16, fp16 or fp32; any T >= 1, K <= 512.
+        k: keys ``[B, T, Hk, K]``.
+        v: values ``[B, T, Hs, V]``, V <= 512.
+        g: forget gate ``[B, T, Hs, K]`` in q's dtype or fp32: the natural logarithm of each step's
             decay, not cumulative, ``<= 0``. ``-inf`` resets a channel; its gradient is 0, in
             kernels up to rounding. A step decays by at most e^-111. Positive gates are an error in
             checked mode (``GLAC_CHECKED=1``) and undefined otherwise.
         scale: factor on the queries, default ``K ** -0.5``.
-        initial_state: ``[B, H, K, V]`` in fp32, default zeros. Its gradient is fp32 too.
+        initial_state: ``[N, Hs, K, V]`` in fp32, default zeros. Its gradient is fp32 too.
         output_final_state: also return the state after the last token.
+        cu_seqlens: boundaries of a packed batch (B = 1), ``[N + 1]`` in int32 (or int64, for one
+            more launch): 0, the first token of each further sequence, T. Sequences may be empty.
+            On a GPU its values are checked in checked mode only; wrong ones are clamped into the
+            tensors and give wrong results.
+        cu_seqlens_cpu: a copy of it in CPU memory, whose values are then checked.
+        reverse: walk from the last token to the first. Copies the inputs.
+        state_layout: ``"kv"``, or ``"vk"`` where both states are ``[N, Hs, V, K]``.
         chunk_size: tokens per chunk of the PyTorch path. The kernels' chunk is part of their tuned
             config and not affected.
 
+    Under ``torch.autocast`` q, k, v and a gate that is not fp32 are cast to its dtype.
+
     Returns:
-        ``o [B, T, H, V]`` in q's dtype, and the final state ``[B, H, K, V]`` in fp32 or ``None``.
+        ``o [B, T, max(Hq, Hs), V]`` in q's dtype, and the final state, as ``initial_state`` in
+        fp32, or ``None``.
 
     Raises:
         InputError: a shape or value is wrong.
@@ -74,12 +112,29 @@ def chunk_gla(
             backward pass if a gradient is wanted.
         NotDifferentiableError: an input has a forward-mode tangent.
     """
-    problem = check_vector(q, k, v, g, initial_state)
+    q, k, v, g = _autocast(q, k, v, g)
+    initial_state = _kv(initial_state, state_layout)
+    problem = check_vector(q, k, v, g, initial_state, cu_seqlens)
     factor = problem.spec.K**-0.5 if scale is None else check_scalar("scale", scale)
     chunk = check_chunk_size(chunk_size)
-    return attend(
-        problem, q, k, v, GateInput((g,)), factor, initial_state, output_final_state, chunk
+    if cu_seqlens is not None or cu_seqlens_cpu is not None:
+        _check_boundaries(cu_seqlens, cu_seqlens_cpu, problem)
+    if reverse:
+        q, k, v, g = (x.flip(1) for x in (q, k, v, g))
+        initial_state, cu_seqlens = _reversed(initial_state, cu_seqlens, problem)
+    o, state = attend(
+        problem,
+        q,
+        k,
+        v,
+        GateInput((g,)),
+        factor,
+        initial_state,
+        output_final_state,
+        chunk,
+        cu_seqlens,
     )
+    return _as_asked(o, state, reverse, cu_seqlens, state_layout)
 
 
 def chunk_gla_lowrank(
@@ -95,28 +150,36 @@ def chunk_gla_lowrank(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    reverse: bool = False,
+    state_layout: StateLayout = "kv",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention whose gate is computed inside the kernel from a low-rank input.
 
         g = max(logsigmoid(x @ weight.T + bias) / normalizer, clamp_min)
 
-    This is the gate of the paper's layer (section 4.3). The ``[B, T, H, K]`` gate never exists in
+    This is the gate of the paper's layer (section 4.3). The ``[B, T, Hs, K]`` gate never exists in
     memory.
 
     Args:
-        q: queries ``[B, T, H, K]`` in bf16, fp16 or fp32.
-        k: keys ``[B, T, H, K]``.
-        v: values ``[B, T, H, V]``.
+        q: queries ``[B, T, Hq, K]`` in bf16, fp16 or fp32.
+        k: keys ``[B, T, Hk, K]``.
+        v: values ``[B, T, Hs, V]``.
         x: gate input ``[B, T, R]`` in q's dtype, R one of 8, 16, 32, 64.
-        weight: ``[H*K, R]`` in q's dtype, as ``torch.nn.Linear`` stores it.
-        bias: ``[H*K]`` in q's dtype or fp32, or ``None``.
+        weight: ``[Hs*K, R]`` in q's dtype, as ``torch.nn.Linear`` stores it.
+        bias: ``[Hs*K]`` in q's dtype or fp32, or ``None``.
         normalizer: the gate logits' divisor (tau), > 0.
         clamp_min: lower bound of g (natural log, <= 0), default none.
         scale: factor on the queries, default ``K ** -0.5``.
-        initial_state: ``[B, H, K, V]`` in fp32, default zeros.
+        initial_state: ``[N, Hs, K, V]`` in fp32, default zeros.
         output_final_state: also return the state after the last token.
-        chunk_size: as for ``chunk_gla``.
+        cu_seqlens: as for ``chunk_gla``, like the arguments after it.
+        cu_seqlens_cpu: a copy of it in CPU memory, whose values are then checked.
+        reverse: walk from the last token to the first.
+        state_layout: ``"kv"`` or ``"vk"``.
+        chunk_size: of the PyTorch path.
 
     Returns:
         As ``chunk_gla``. Gradients of weight and bias are computed in fp32.
@@ -128,12 +191,87 @@ def chunk_gla_lowrank(
             backward pass if a gradient is wanted.
         NotDifferentiableError: an input has a forward-mode tangent.
     """
-    problem = check_lowrank(q, k, v, x, weight, bias, initial_state)
+    q, k, v, x, weight, bias = _autocast(q, k, v, x, weight, bias)
+    initial_state = _kv(initial_state, state_layout)
+    problem = check_lowrank(q, k, v, x, weight, bias, initial_state, cu_seqlens)
     factor = problem.spec.K**-0.5 if scale is None else check_scalar("scale", scale)
     tau = check_scalar("normalizer", normalizer, positive=True)
     chunk = check_chunk_size(chunk_size)
     clamp = STEP_MIN if clamp_min is None else check_scalar("clamp_min", clamp_min)
     if clamp > 0:
         raise InputError(f"clamp_min must be <= 0 (a bound on a log-decay), got {clamp}")
+    if cu_seqlens is not None or cu_seqlens_cpu is not None:
+        _check_boundaries(cu_seqlens, cu_seqlens_cpu, problem)
+    if reverse:
+        q, k, v, x = (t.flip(1) for t in (q, k, v, x))
+        initial_state, cu_seqlens = _reversed(initial_state, cu_seqlens, problem)
     gate = GateInput((x, weight, bias), 1.0 / tau, clamp)
-    return attend(problem, q, k, v, gate, factor, initial_state, output_final_state, chunk)
+    o, state = attend(
+        problem, q, k, v, gate, factor, initial_state, output_final_state, chunk, cu_seqlens
+    )
+    return _as_asked(o, state, reverse, cu_seqlens, state_layout)
+
+
+def _autocast(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The tensors, in the dtype of an enclosing ``torch.autocast``.
+
+    What is not among q, k and v stays in fp32, which the gate's tensors may always be.
+    """
+    tensors = (q, *others)
+    if not isinstance(q, Tensor) or q.device.type not in ("cpu", "cuda"):
+        return tensors
+    if not torch.is_autocast_enabled(q.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(q.device.type)
+
+    def cast(index: int, t: Tensor | None) -> Tensor | None:
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
+            return t
+        # g [B, T, H, K] and bias may be fp32; x and weight are in the dtype of q.
+        keeps = t.dtype == torch.float32 and index == len(tensors) - 1
+        return t if keeps else t.to(dtype)
+
+    return tuple(cast(index, t) for index, t in enumerate(tensors))
+
+
+def _kv(state: Tensor | None, layout: str) -> Tensor | None:
+    check_choice("state_layout", layout, ("kv", "vk"))
+    if layout == "kv" or not isinstance(state, Tensor) or state.dim() < 2:
+        return state
+    return state.transpose(-1, -2)
+
+
+def _check_boundaries(cu: Tensor | None, copy: Tensor | None, problem: Problem) -> None:
+    """Checks values of boundaries that are in CPU memory, or all of them in checked mode."""
+    if copy is not None:
+        if cu is None or not isinstance(copy, Tensor) or copy.shape != cu.shape or copy.is_cuda:
+            raise InputError(
+                "cu_seqlens_cpu must be a copy of cu_seqlens in CPU memory, "
+                f"got {type(copy).__name__} beside {type(cu).__name__}",
+                hint="cu_seqlens_cpu=cu_seqlens.cpu()",
+            )
+        check_boundaries(copy, problem.T)
+    assert cu is not None
+    if not torch.compiler.is_compiling() and (cu.device.type == "cpu" or checked_mode()):
+        check_boundaries(cu, problem.T)
+
+
+def _reversed(
+    state: Tensor | None, cu: Tensor | None, problem: Problem
+) -> tuple[Tensor | None, Tensor | None]:
+    """State and boundaries of a packed batch whose tokens were flipped, all of them at once."""
+    if cu is None:
+        return state, None
+    return None if state is None else state.flip(0), problem.T - cu.flip(0)
+
+
+def _as_asked(
+    o: Tensor, state: Tensor | None, reverse: bool, cu: Tensor | None, layout: str
+) -> tuple[Tensor, Tensor | None]:
+    if reverse:
+        o = o.flip(1)
+        if state is not None and cu is not None:
+            state = state.flip(0)
+    if state is not None and layout == "vk":
+        state = state.transpose(-1, -2)
+    return o, state

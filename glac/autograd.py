@@ -79,6 +79,7 @@ def attend(
     initial_state: Tensor | None,
     output_final_state: bool,
     chunk_size: int,
+    cu: Tensor | None = None,
 ) -> engine.Result:
     """``glac.engine.forward`` with gradients, in eager and in traced code.
 
@@ -90,14 +91,14 @@ def attend(
             backward pass of an eager call whose gradients are wanted.
         NotDifferentiableError: an input has a forward-mode tangent.
     """
-    tensors = (q, k, v, *gate.tensors, initial_state)
+    tensors = (q, k, v, *gate.tensors, initial_state, cu)
     observed = _observed(tensors)
     compiling = observed and torch.compiler.is_compiling()
     if not compiling and forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
         raise _no_tangents()
     if not observed and not _wants_grad(tensors):
         return engine.forward(
-            problem, q, k, v, gate, scale, initial_state, output_final_state, chunk_size
+            problem, q, k, v, gate, scale, initial_state, output_final_state, chunk_size, cu
         )
     call = _Call(problem, gate.inv_normalizer, gate.clamp, scale, output_final_state, chunk_size)
     result: engine.Result
@@ -116,8 +117,8 @@ def _numbers(gate: GateInput) -> tuple[float, ...]:
 
 
 def _forward(call: _Call, *tensors: Any) -> engine.Result:
-    """The forward pass. Tensors are q, k, v, those of the gate, and the initial state."""
-    q, k, v, *gates, initial_state = tensors
+    """The forward pass. Tensors are q, k, v, the gate's, the initial state, the boundaries."""
+    q, k, v, *gates, initial_state, cu = tensors
     gate = GateInput(tuple(gates), call.inv_normalizer, call.clamp)
     if _observed(tensors):
         operator = ops.chunk_gla_lowrank_fwd if gate.lowrank else ops.chunk_gla_fwd
@@ -135,6 +136,7 @@ def _forward(call: _Call, *tensors: Any) -> engine.Result:
         initial_state,
         call.output_final_state,
         call.chunk_size,
+        cu,
     )
 
 
@@ -142,14 +144,14 @@ def _backward(
     call: _Call, dh0: bool, do: Tensor, dht: Tensor | None, *tensors: Any
 ) -> tuple[Tensor | None, ...]:
     """The backward pass: a gradient for each of ``tensors``, of the initial state if ``dh0``."""
-    q, k, v, *gates, initial_state = tensors
+    q, k, v, *gates, initial_state, cu = tensors
     gate = GateInput(tuple(gates), call.inv_normalizer, call.clamp)
     if _observed((do, dht, *tensors)):
         operator = ops.chunk_gla_lowrank_bwd if gate.lowrank else ops.chunk_gla_bwd
         grads: tuple[Tensor, ...] = operator(
             *tensors, do, dht, *_numbers(gate), call.scale, call.chunk_size
         )
-        return grads
+        return *grads, None
     dq, dk, dv, dgates, dstate = engine.backward(
         call.problem,
         q,
@@ -162,8 +164,9 @@ def _backward(
         dht,
         call.chunk_size,
         dh0=dh0,
+        cu=cu,
     )
-    return dq, dk, dv, *dgates, dstate
+    return dq, dk, dv, *dgates, dstate, None
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -189,11 +192,11 @@ class _Attention(torch.autograd.Function):
         if do is None:
             if dht is None:
                 return (None,) * (1 + len(tensors))
-            do = torch.zeros_like(tensors[2])
+            do = tensors[2].new_zeros(ops.output_shape(tensors[0], tensors[2]))
         # With create_graph the gradients get a node of their own, if only to raise an error.
         run = _Gradients.apply if torch.is_grad_enabled() else _backward
         _, *needs = ctx.needs_input_grad
-        grads = run(ctx.call, needs[-1], do, dht, *tensors)
+        grads = run(ctx.call, needs[-2], do, dht, *tensors)
         # Gradients in fp32 of parameters in another dtype: autograd converts to what they ask for.
         return None, *ops.wanted(needs, grads)
 

@@ -1,13 +1,21 @@
 """Run a backward config: the launches of one backward pass, by the kernels' ABI.
 
-    for each window of the sequence, from the last to the first:
-        gla_bwd_states   the state at the start of each of its chunks
-        gla_bwd          dq, dk, the gate's gradient (and dv), and dS at the window's start
-        gla_bwd_exact    again, where gates left the fast kernel's range
-    gla_bwd_dv           dv, where gla_bwd does not make it
+A sequence that is walked as a whole falls into windows, from the last to the first:
+
+    gla_states       the state at the start of each chunk of the window
+    gla_bwd          dq, dk, the gate's gradient (and dv), and dS at the window's start
+    gla_bwd_exact    again, where gates left the fast kernel's range
 
 Windows bound what is kept: chunk states of the whole sequence would take as much memory as all
-gradients together. The forward pass saves nothing but its inputs.
+gradients together. Where the heads are too few for the GPU, the sequence is cut into segments that
+are walked at once. The state before each and the gradient of the state behind each are found first:
+
+    gla_states, gla_combine      what every segment adds to the state, chained
+    gla_states, gla_combine      the same for the state's gradient, back in time
+    gla_states, gla_bwd, gla_bwd_exact, for a few segments at a time
+
+In both cases ``gla_bwd_dv`` makes dv, where gla_bwd does not. The forward pass saves nothing but
+its inputs.
 """
 
 from __future__ import annotations
@@ -18,8 +26,17 @@ import torch
 from torch import Tensor
 
 from glac.configs import BackwardConfig
-from glac.plan import GateInput, Gradients, Plan, gate_arguments, strides
+from glac.plan import (
+    GateInput,
+    Gradients,
+    Plan,
+    gate_arguments,
+    segment_states,
+    segments_of,
+    strides,
+)
 from glac.problem import Problem
+from glac.record import dataclass
 from glac.templates import state_dtype, stride_unit, tiles
 from glac.validate import TORCH_DTYPES
 
@@ -31,35 +48,82 @@ WINDOWS = 3
 At 16,2048,8,128,128 that is 88 MiB instead of 256, for 631 us instead of 534 on an H200: all
 windows but the last are walked through twice for their states, and each launch has its start.
 """
+PROGRAMS = 264
+"""Programs that fill an H100, two on each SM: a launch of segments has at least so many."""
+PACKED_SEGMENT = 2048
+"""Tokens per segment of a packed batch whose config has none."""
 
 
-def windows(problem: Problem, chunk: int) -> tuple[int, int]:
-    """How many windows a backward pass takes, and the tokens of each but the last.
+@dataclass(frozen=True)
+class Cut:
+    """How a backward pass goes through its sequences.
 
-    Args:
-        problem: sizes and dtypes.
-        chunk: tokens from kept state to kept state.
+    Attributes:
+        segments: slots of segments in a row of the tensors.
+        length: tokens of a segment.
+        at_once: segments of one launch.
+        chained: whether launches follow each other back in time, each handing on the gradient of
+            the state (windows); else all segments know theirs from the start.
     """
-    spec = problem.spec
-    heads = problem.B * problem.H
-    per_chunk = heads * spec.K * spec.V * state_dtype(spec).itemsize
-    chunks = math.ceil(problem.T / chunk)
-    count = 1 if chunks * per_chunk <= FREE_STATES else min(WINDOWS, chunks)
-    length = chunk * math.ceil(chunks / count)
+
+    segments: int
+    length: int
+    at_once: int
+    chained: bool
+
+
+def windows(problem: Problem, config: BackwardConfig) -> tuple[int, int]:
+    """How many windows a backward pass takes, and the tokens of each but the last."""
+    kept = math.ceil(problem.T / config.grads.chunk) * _state_bytes(problem)
+    steps = math.ceil(problem.T / config.chunk_step)
+    count = 1 if kept <= FREE_STATES else min(WINDOWS, steps)
+    length = config.chunk_step * math.ceil(steps / count)
     return math.ceil(problem.T / length), length
 
 
-def _parts(like: Tensor, parts: int) -> Tensor:
-    """Memory for the gradient of ``like``, in as many parts as tiles make it from."""
-    return torch.empty((parts, *like.shape), dtype=like.dtype, device=like.device)
+def _state_bytes(problem: Problem) -> int:
+    """Of the states that are kept at one token."""
+    spec = problem.spec
+    states = problem.B * problem.state_heads * spec.K * spec.V
+    return states * state_dtype(spec).itemsize
 
 
-def _summed(parts: Tensor) -> Tensor:
-    """The parts' sum, added in fp32 and in a fixed order."""
-    if parts.shape[0] == 1:
+def cut(problem: Problem, config: BackwardConfig) -> Cut:
+    """How the backward pass of ``problem`` goes through its sequences."""
+    step = config.chunk_step
+    segment = config.segment
+    if problem.packed and not segment:
+        segment = step * math.ceil(PACKED_SEGMENT / step)
+    if problem.packed and segment >= problem.T:
+        # A packed batch keeps its segments: one slot for each sequence.
+        segments, length = problem.packed + 1, step * math.ceil(problem.T / step)
+    else:
+        segments, length = segments_of(problem, segment)
+    if segments == 1 and not problem.packed:
+        count, window = windows(problem, config)
+        return Cut(count, window, 1, True)
+    spec, grads = problem.spec, config.grads
+    per_segment = _state_bytes(problem) * math.ceil(length / grads.chunk)
+    per_launch = tiles("gla_bwd", spec, grads) * problem.B * problem.H
+    at_once = max(FREE_STATES // per_segment, math.ceil(PROGRAMS / per_launch))
+    launches = math.ceil(segments / at_once)
+    return Cut(segments, length, math.ceil(segments / launches), False)
+
+
+def _parts(B: int, T: int, H: int, like: Tensor, parts: int) -> Tensor:
+    """Memory for a gradient per head of the output, in as many parts as tiles make it from."""
+    return torch.empty((parts, B, T, H, like.shape[-1]), dtype=like.dtype, device=like.device)
+
+
+def _summed(parts: Tensor, heads: int) -> Tensor:
+    """The parts' sum over tiles and over heads that share an input, in fp32 and a fixed order."""
+    count, B, T, H, D = parts.shape
+    if heads != H:
+        return parts.view(count, B, T, heads, H // heads, D).sum((0, 4))
+    if count == 1:
         return parts[0]
     # As one addition of whole tensors it takes half the time of a reduction.
-    return torch.add(parts[0], parts[1]) if parts.shape[0] == 2 else parts.sum(0)
+    return torch.add(parts[0], parts[1]) if count == 2 else parts.sum(0)
 
 
 def run_backward(
@@ -74,20 +138,22 @@ def run_backward(
     dht: Tensor | None,
     *,
     dh0: bool,
+    cu: Tensor | None = None,
 ) -> Gradients:
     """Launch a backward pass. Inputs are validated and laid out as the kernels want them.
 
     Args:
         plan: sizes, config, kernels.
-        q: ``[B, T, H, K]``.
-        k: ``[B, T, H, K]``.
-        v: ``[B, T, H, V]``.
+        q: ``[B, T, Hq, K]``.
+        k: ``[B, T, Hk, K]``.
+        v: ``[B, T, Hs, V]``.
         gate: of the forward pass.
         scale: factor on the queries.
-        initial_state: ``[B, H, K, V]`` in fp32, or None.
+        initial_state: ``[N, Hs, K, V]`` in fp32, or None.
         do: gradient of the output, ``[B, T, H, V]``.
-        dht: gradient of the final state, ``[B, H, K, V]`` in fp32, or None for zeros.
+        dht: gradient of the final state, ``[N, Hs, K, V]`` in fp32, or None for zeros.
         dh0: whether to return the gradient of the initial state.
+        cu: ``[N + 1]`` in int32, boundaries of a packed batch; None for a dense one (N = B).
 
     Returns:
         ``dq``, ``dk``, ``dv`` and the gate's gradients, ``(dg,)`` or ``(dx, dweight, dbias)``, in
@@ -96,96 +162,133 @@ def run_backward(
     problem, config = plan.problem, plan.config
     spec = problem.spec
     B, T, H, K, V = problem.B, problem.T, problem.H, spec.K, spec.V
-    heads = B * H
+    N, state_heads = problem.sequences, problem.state_heads
     grads = config.grads
-    chunk = grads.chunk
-    n_windows, window = windows(problem, chunk)
+    way = cut(problem, config)
+    segments, length = way.segments, way.length
+    kept = math.ceil(min(length, T) / grads.chunk)
     k_tiles, v_tiles = math.ceil(K / grads.block_k), math.ceil(V / grads.block_v)
     args = gate_arguments(gate, spec)
     unit_k, unit_v = stride_unit(K), stride_unit(V)
     q_strides, k_strides = strides(q, unit_k), strides(k, unit_k)
     v_strides, do_strides = strides(v, unit_v), strides(do, unit_v)
+    groups = (problem.q_group, problem.k_group, problem.s_group)
+    packed = int(cu is not None)
 
     def scratch(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=q.device)
 
-    dq, dk = _parts(q, v_tiles), _parts(k, v_tiles)
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    gate_parts: tuple[Tensor, ...]
+    dq, dk = _parts(B, T, H, q, v_tiles), _parts(B, T, H, k, v_tiles)
+    dv = _parts(B, T, H, v, 1)
+    dg = dx = dx_parts = dx_memory = dw = db = None
     if gate.lowrank:
-        rank = spec.rank
-        gate_parts = (
-            scratch(v_tiles, B, H * k_tiles, T, rank),
-            scratch(n_windows, v_tiles * B, H * K, rank),
-            scratch(n_windows, v_tiles * B, H * K),
-        )
+        x = gate.tensors[0]
+        assert x is not None
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        longest = T if packed else min(T, way.at_once * length)
+        dx_memory = scratch(v_tiles * B * H * k_tiles * longest * spec.rank)
+        dw = scratch(v_tiles, B, segments, H * K, spec.rank)
+        db = scratch(v_tiles, B, segments, H * K)
     else:
         assert gate.tensors[0] is not None
-        gate_parts = (_parts(gate.tensors[0], v_tiles),)
+        dg = _parts(B, T, H, gate.tensors[0], v_tiles)
 
-    slots = math.ceil(window / chunk)
-    states = scratch(heads, slots, K, V, dtype=TORCH_DTYPES[state_dtype(spec)])
-    n_marks = n_windows - 1  # the last window starts where the walk over all others ends
-    marks = scratch(heads, n_marks, K, V) if n_marks else None
-    flags = scratch(heads * k_tiles * v_tiles, dtype=torch.int32)
-    grid_states = tiles("gla_bwd_states", spec, config.states) * heads
-    grid = tiles("gla_bwd", spec, grads) * heads
+    start_grads = scratch(N, H, K, V) if dh0 else None
+    starts = ends = None
+    if way.chained and segments > 1:
+        # The gradient at the end of window j - 1 takes the place of the state before window j,
+        # which nothing reads any more when it is written; with groups there are more of it.
+        starts = scratch(B, H, segments, K, V)
+        ends = starts.view(-1)[K * V :]
+        if state_heads != H:
+            ends = scratch(B, H, segments, K, V)
+    elif not way.chained:
+        at = (segments, length)
+        starts = segment_states(
+            plan, k, v, gate, initial_state, cu, segments=at, summary=config.states,
+            heads=state_heads, k_group=problem.k_group // problem.s_group,
+        )  # fmt: skip
+        ends = segment_states(
+            plan, q, do, gate, dht, cu, segments=at, summary=config.states, heads=H,
+            k_group=problem.q_group, g_group=problem.s_group, out_scale=scale, reverse=True,
+        )  # fmt: skip
+    states = scratch(
+        B, state_heads, way.at_once, kept, K, V, dtype=TORCH_DTYPES[state_dtype(spec)]
+    )
+    per_segment = tiles("gla_bwd", spec, grads) * B * H
+    flags = scratch(per_segment * way.at_once, dtype=torch.int32)
 
-    def keep_states(
-        begin: int, end: int, keep_from: int, start: Tensor | None, start_slots: int
-    ) -> None:
-        plan.kernels["gla_bwd_states"].run(
-            (k, v, *gate.tensors, start, states, marks),
+    first = segments
+    while first > 0:
+        last, first = first, max(0, first - way.at_once)
+        count = last - first
+        # The last window's walk starts at the first token, and leaves the windows' own starts.
+        from_start = int(way.chained and last == segments > 1)
+        plan.kernels["gla_states"].run(
+            (k, v, *gate.tensors, cu, initial_state, starts, states, None),
             (
-                *(*args.scalars, T, H, begin, end, keep_from, chunk, window),
-                *(start_slots, n_marks, int(start is not None), *args.flag),
+                *(1.0, *args.scalars, T, N, state_heads, segments, first, count, length),
+                *(grads.chunk, kept, problem.k_group // problem.s_group, 1, 1, 0, 0, from_start),
+                *(packed, int(initial_state is not None), *args.flag),
                 *(*k_strides, *v_strides, *args.strides),
             ),
-            grid_states,
+            tiles("gla_states", spec, config.states) * count * B * state_heads,
         )
-
-    d_state = dht
-    for index in reversed(range(n_windows)):
-        begin, end = index * window, min(T, (index + 1) * window)
-        if index == n_windows - 1:
-            keep_states(0, end, begin, initial_state, 1)  # and marks the windows before
-        elif index == 0:
-            keep_states(begin, end, begin, initial_state, 1)
-        else:
-            assert marks is not None
-            keep_states(begin, end, begin, marks[:, index], n_marks)
-        wanted = dh0 or index > 0
-        before = scratch(B, H, K, V) if wanted else None
-        parts = (gate_parts[0], *(part[index] for part in gate_parts[1:]))
-        tensors = (q, k, v, *gate.tensors, do, states, d_state, dq, dk, dv, *parts, before, flags)
+        # Tokens that the parts of dx cover: those of the launch, where that is known here.
+        t_from = 0 if packed else first * length
+        t_to = T if packed else min(T, last * length)
+        if dx_memory is not None:
+            shape = (v_tiles, B, H * k_tiles, t_to - t_from, spec.rank)
+            dx_parts = dx_memory[: math.prod(shape)].view(shape)
+        tensors = (
+            *(q, k, v, *gate.tensors, do, cu, states, dht, ends, dq, dk, dv),
+            *((dx_parts, dw, db) if gate.lowrank else (dg,)),
+            *(start_grads, flags),
+        )
         scalars = (
-            *(scale, *args.scalars, T, B, H, begin, end),
-            *(int(d_state is not None), int(wanted), *args.flag),
+            *(scale, *args.scalars, T, B, N, H, segments, first, count, length, kept),
+            *(*((t_from, t_to - t_from) if gate.lowrank else ()), *groups, int(way.chained)),
+            *(packed, int(dht is not None), int(dh0), *args.flag),
             *(*q_strides, *k_strides, *v_strides, *do_strides, *args.strides),
         )
-        plan.kernels["gla_bwd"].run(tensors, scalars, grid)
-        plan.kernels["gla_bwd_exact"].run(tensors, scalars, grid)
-        d_state = before
+        plan.kernels["gla_bwd"].run(tensors, scalars, per_segment * count)
+        plan.kernels["gla_bwd_exact"].run(tensors, scalars, per_segment * count)
+        if gate.lowrank and not packed:
+            assert dx is not None
+            assert dx_parts is not None
+            dx[:, t_from:t_to] = dx_parts.sum((0, 2))
     if config.dv is not None:
         plan.kernels["gla_bwd_dv"].run(
-            (q, k, *gate.tensors, do, dht, dv),
+            (q, k, *gate.tensors, do, cu, dht, ends, dv),
             (
-                *(scale, *args.scalars, T, H, int(dht is not None), *args.flag),
+                *(scale, *args.scalars, T, N, H, segments, length, *groups),
+                *(packed, int(dht is not None), *args.flag),
                 *(*q_strides, *k_strides, *do_strides, *args.strides),
             ),
-            tiles("gla_bwd_dv", spec, config.dv) * heads,
+            tiles("gla_bwd_dv", spec, config.dv) * segments * B * H,
         )
-    return _summed(dq), _summed(dk), dv, _gate_gradients(gate, gate_parts), d_state
 
-
-def _gate_gradients(gate: GateInput, parts: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    if not gate.lowrank:
-        return (_summed(parts[0]),)
-    x, _, bias = gate.tensors
-    assert x is not None
-    dx, dw, db = parts
+    gates: tuple[Tensor | None, ...]
+    if gate.lowrank:
+        assert dx is not None
+        assert dx_parts is not None
+        assert dw is not None
+        assert db is not None
+        if packed:
+            dx.copy_(dx_parts.sum((0, 2)))
+        wide = (state_heads, problem.s_group, K)
+        dw = dw.sum((0, 1, 2)).view(*wide, spec.rank).sum(1).view(-1, spec.rank)
+        db = db.sum((0, 1, 2)).view(wide).sum(1).view(-1)
+        gates = (dx, dw, None if gate.tensors[2] is None else db)
+    else:
+        assert dg is not None
+        gates = (_summed(dg, state_heads),)
+    if start_grads is not None and problem.s_group > 1:
+        start_grads = start_grads.view(N, state_heads, problem.s_group, K, V).sum(2)
     return (
-        dx.sum((0, 2)).to(x.dtype),
-        dw.sum((0, 1)),
-        None if bias is None else db.sum((0, 1)),
+        _summed(dq, q.shape[2]),
+        _summed(dk, k.shape[2]),
+        _summed(dv, state_heads),
+        gates,
+        start_grads,
     )

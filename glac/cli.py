@@ -1173,7 +1173,7 @@ def _probe_toolchain() -> list[Probe]:
     spec = Specialisation(64, 64, DType.BF16, Gate.VECTOR, DType.BF16)
     started = time.perf_counter()
     for arch in ARCHS:
-        compile_kernel(KernelSpec("gla_fwd_combine", spec, CombineKernelConfig(), arch), tools)
+        compile_kernel(KernelSpec("gla_combine", spec, CombineKernelConfig(), arch), tools)
     took = time.perf_counter() - started
     text = f"triton {tools.triton} compiles a kernel for {' and '.join(ARCHS)} ({took:.1f} s)"
     return [*probes, Probe("compiler", "ok", text)]

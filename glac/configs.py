@@ -130,7 +130,7 @@ class ExactKernelConfig(_KernelConfig):
 
 @dataclass(frozen=True, order=True)
 class CombineKernelConfig(_KernelConfig):
-    """Schedule of ``gla_fwd_combine``: state elements per program, warps."""
+    """Schedule of ``gla_combine``: state elements per program, warps."""
 
     block: int = 1024
     num_warps: int = 4
@@ -144,14 +144,25 @@ KernelConfig = ChunkKernelConfig | TileKernelConfig | ExactKernelConfig | Combin
 
 KERNEL_CONFIGS: dict[str, type[KernelConfig]] = {
     "gla_fwd": ChunkKernelConfig,
-    "gla_fwd_summary": ChunkKernelConfig,
-    "gla_fwd_combine": CombineKernelConfig,
-    "gla_bwd_states": ChunkKernelConfig,
+    "gla_states": ChunkKernelConfig,
+    "gla_combine": CombineKernelConfig,
     "gla_bwd_dv": ChunkKernelConfig,
     "gla_bwd": TileKernelConfig,
     "gla_bwd_exact": ExactKernelConfig,
 }
 """Which config each template takes."""
+
+
+def segmentation(segment: int, T: int) -> tuple[int, int]:
+    """How many segments ``T`` tokens fall into, and the tokens of each but the last.
+
+    Very long sequences get longer segments than the config's, so that the states between them
+    stay bounded.
+    """
+    if segment == 0 or segment >= T:
+        return 1, T
+    length = segment * math.ceil(T / (segment * MAX_SEGMENTS))
+    return math.ceil(T / length), length
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,7 @@ class ForwardConfig:
 
     op: ClassVar[Op] = Op.FORWARD
     MAIN: ClassVar[str] = "gla_fwd"
-    PARTS: ClassVar[Mapping[str, str]] = {"gla_fwd_summary": "summary", "gla_fwd": "fwd"}
+    PARTS: ClassVar[Mapping[str, str]] = {"gla_states": "summary", "gla_fwd": "fwd"}
 
     fwd: ChunkKernelConfig
     segment: int = 0
@@ -181,8 +192,8 @@ class ForwardConfig:
         if self.summary is None:
             return {"gla_fwd": self.fwd}
         return {
-            "gla_fwd_summary": self.summary,
-            "gla_fwd_combine": CombineKernelConfig(),
+            "gla_states": self.summary,
+            "gla_combine": CombineKernelConfig(),
             "gla_fwd": self.fwd,
         }
 
@@ -191,19 +202,9 @@ class ForwardConfig:
         change: dict[str, Any] = {part: kernel}
         return replace(self, **change)
 
-    def segmentation(self, T: int) -> tuple[int, int]:
-        """How many segments ``T`` tokens fall into, and the tokens of each but the last.
-
-        Very long sequences get longer segments, so that the states between them stay bounded.
-        """
-        if self.segment == 0:
-            return 1, T
-        length = self.segment * math.ceil(T / (self.segment * MAX_SEGMENTS))
-        return math.ceil(T / length), length
-
     def segments(self, T: int) -> int:
         """How many segments a sequence of ``T`` tokens falls into."""
-        return self.segmentation(T)[0]
+        return segmentation(self.segment, T)[0]
 
     @property
     def slug(self) -> str:
@@ -236,15 +237,18 @@ class BackwardConfig:
     Attributes:
         op, MAIN, PARTS: as in ``ForwardConfig``.
         states: the kernel that walks forward again and keeps the state at the start of each chunk
-            of ``grads``, whose chunk size is a multiple of its own.
+            of ``grads``, whose chunk size is a multiple of its own; with segments also the one
+            that finds what they add to the state and to its gradient.
         grads: the kernel that walks back and makes the gradients.
         dv: the kernel that makes the gradient of the values, ``None`` exactly if ``grads`` does.
+        segment: tokens per segment, a multiple of all chunk sizes; 0 walks a whole sequence in one
+            program. Packed batches have segments in any case.
     """
 
     op: ClassVar[Op] = Op.BACKWARD
     MAIN: ClassVar[str] = "gla_bwd"
     PARTS: ClassVar[Mapping[str, str]] = {
-        "gla_bwd_states": "states",
+        "gla_states": "states",
         "gla_bwd": "grads",
         "gla_bwd_exact": "grads",
         "gla_bwd_dv": "dv",
@@ -253,6 +257,12 @@ class BackwardConfig:
     states: ChunkKernelConfig
     grads: TileKernelConfig
     dv: ChunkKernelConfig | None = None
+    segment: int = 0
+
+    @property
+    def chunk_step(self) -> int:
+        """What segments are a multiple of."""
+        return max(self.grads.chunk, self.states.chunk, self.dv.chunk if self.dv else 0)
 
     @property
     def exact(self) -> ExactKernelConfig:
@@ -263,8 +273,12 @@ class BackwardConfig:
 
     def kernels(self) -> dict[str, KernelConfig]:
         """Template name to kernel config, in launch order."""
-        kernels: dict[str, KernelConfig] = {"gla_bwd_states": self.states, "gla_bwd": self.grads}
-        kernels["gla_bwd_exact"] = self.exact
+        kernels: dict[str, KernelConfig] = {
+            "gla_states": self.states,
+            "gla_combine": CombineKernelConfig(),
+            "gla_bwd": self.grads,
+            "gla_bwd_exact": self.exact,
+        }
         if self.dv is not None:
             kernels["gla_bwd_dv"] = self.dv
         return kernels
@@ -279,7 +293,8 @@ class BackwardConfig:
     @property
     def slug(self) -> str:
         dv = "" if self.dv is None else f"-dv_{self.dv.slug}"
-        return f"{self.grads.slug}-st_{self.states.slug}{dv}"
+        segment = f"-seg{self.segment}" if self.segment else ""
+        return f"{self.grads.slug}-st_{self.states.slug}{dv}{segment}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -292,6 +307,7 @@ class BackwardConfig:
             ChunkKernelConfig.from_dict(d["states"], f"{where}.states"),
             TileKernelConfig.from_dict(d["grads"], f"{where}.grads"),
             None if dv is None else ChunkKernelConfig.from_dict(dv, f"{where}.dv"),
+            strict_int(d, "segment", where),
         )
 
 
@@ -428,9 +444,13 @@ def _why_illegal_forward(spec: Specialisation, config: ForwardConfig, gpu: GpuSp
         reason = _why_illegal_walk(spec, config.summary, gpu, "summary", 1, 1)
         if reason:
             return reason
-        step = max(config.fwd.chunk, config.summary.chunk)
-        if config.segment < step or config.segment % step:
-            return f"segment must be a positive multiple of {step}, got {config.segment}"
+        return _segment_illegal(config.segment, max(config.fwd.chunk, config.summary.chunk))
+    return None
+
+
+def _segment_illegal(segment: int, step: int) -> str | None:
+    if segment < step or segment % step:
+        return f"segment must be a positive multiple of {step}, got {segment}"
     return None
 
 
@@ -457,7 +477,7 @@ def _why_illegal_backward(
         return "dv must be given exactly when grads.dv is false"
     if grads.chunk % config.states.chunk:
         return f"grads.chunk must be a multiple of states.chunk {config.states.chunk}"
-    return None
+    return _segment_illegal(config.segment, config.chunk_step) if config.segment else None
 
 
 def why_illegal(spec: Specialisation, config: Config, gpu: GpuSpec) -> str | None:
@@ -483,8 +503,10 @@ def _walking_kernel(spec: Specialisation, gpu: GpuSpec) -> ChunkKernelConfig:
     wide = spec.dtype is DType.FP32 or spec.dtype is DType.FP16
     bk = padded_k(spec)
     block_v = min(padded_v(spec), 64 if wide or bk > 128 else 128)
+    if bk > 256:
+        block_v = min(block_v, 32)
     warps = 8 if bk * block_v > 64 * 64 else 4
-    chunk = 16 if wide and bk > 64 else 32
+    chunk = 16 if (wide and bk > 64) or bk > 256 else 32
     stages = 2 if wide or bk > 128 or gpu.capability < (9, 0) else 3
     return ChunkKernelConfig(chunk, block_v, warps, stages)
 
@@ -496,17 +518,9 @@ def default_forward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> Forwa
     (docs/performance.md).
     """
     fwd = _walking_kernel(spec, gpu)
-    chunk = fwd.chunk
     programs = (1 << max(0, bucket.bh)) * math.ceil(spec.V / fwd.block_v)
-    tokens = 1 << max(0, bucket.t)
-    if 2 * programs > gpu.sm_count or tokens < 1024:
-        return ForwardConfig(fwd)
-    # FlashQLA's latency model as start value: 3 * sqrt(programs * chunks / SMs) chunks a segment.
-    chunks = 3.0 * math.sqrt(programs * (tokens / chunk) / gpu.sm_count)
-    segment = max(8 * chunk, chunk * (1 << round(math.log2(max(1.0, chunks)))))
-    if 2 * segment > tokens:
-        return ForwardConfig(fwd)
-    return ForwardConfig(fwd, segment, fwd)
+    segment = _default_segment(fwd.chunk, programs, bucket, gpu)
+    return ForwardConfig(fwd, segment, fwd) if segment else ForwardConfig(fwd)
 
 
 def default_backward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> BackwardConfig:
@@ -520,11 +534,24 @@ def default_backward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> Back
     walk = _walking_kernel(spec, gpu)
     chunk = 16 if wide or gpu.capability < (9, 0) else 32
     whole = block_k == padded_k(spec)
-    return BackwardConfig(
-        states=replace(walk, chunk=chunk),
+    config = BackwardConfig(
+        states=replace(walk, chunk=min(walk.chunk, chunk)),
         grads=TileKernelConfig(chunk, block_k, block_v, 4, walk.num_stages, dv=whole),
         dv=None if whole else walk,
     )
+    programs = (1 << max(0, bucket.bh)) * math.ceil(spec.V / block_v) * math.ceil(spec.K / block_k)
+    return replace(config, segment=_default_segment(config.chunk_step, programs, bucket, gpu))
+
+
+def _default_segment(chunk: int, programs: int, bucket: Bucket, gpu: GpuSpec) -> int:
+    """Tokens per segment where ``programs`` whole sequences would leave most of the GPU idle."""
+    tokens = 1 << max(0, bucket.t)
+    if 2 * programs > gpu.sm_count or tokens < 1024:
+        return 0
+    # FlashQLA's latency model as start value: 3 * sqrt(programs * chunks / SMs) chunks a segment.
+    chunks = 3.0 * math.sqrt(programs * (tokens / chunk) / gpu.sm_count)
+    segment = max(8 * chunk, chunk * (1 << round(math.log2(max(1.0, chunks)))))
+    return 0 if 2 * segment > tokens else segment
 
 
 def default_config(op: Op, spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> Config:

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from glac import __version__
-from glac.archive import is_zip
 from glac.atomic import write_text
-from glac.configs import MAX_SEGMENTS, CombineKernelConfig, ForwardConfig
+from glac.configs import MAX_SEGMENTS, ForwardConfig
 from glac.errors import GlacError, PackError
 from glac.fit import oldest_cuda
 from glac.pack import Pack, PackedKernel, PackRow
 from glac.plan import LOG2E, STEP_MIN
-from glac.problem import DType, Gate, Specialisation
+from glac.problem import Gate, Specialisation
 from glac.record import dataclass
 from glac.templates import stride_unit, tiles
 
@@ -386,9 +385,7 @@ def _launch(
         lines.append(f"{c_type} a_{name} = {_expression(template, name, kind)};")
         names.append(f"&a_{name}")
     lines.append(
-        f"void *arguments[] = {{{', '.join(names)}, &s.scratch, &s.profile}};".replace(
-            ", ", ", "
-        )
+        f"void *arguments[] = {{{', '.join(names)}, &s.scratch, &s.profile}};".replace(", ", ", ")
     )
     lines.append(
         f"status = launch(handle, {index}, {factor} * ({_GRIDS[template]}), stream, arguments);"
@@ -399,9 +396,7 @@ def _launch(
     yield f"{indent}}}"
 
 
-def _definition(
-    item: _Function, kernels: Mapping[str, PackedKernel], names: Sequence[str]
-) -> str:
+def _definition(item: _Function, kernels: Mapping[str, PackedKernel], names: Sequence[str]) -> str:
     spec, config = item.spec, item.config
     lowrank = spec.gate is Gate.LOWRANK
     units = {

@@ -14,7 +14,7 @@ from glac import dispatch
 from glac.configs import MAX_SEGMENTS
 from glac.errors import KernelNotFoundError
 from glac.forward import run_forward
-from glac.plan import STEP_MIN, GateInput, Gradients
+from glac.plan import GateInput, Gradients
 from glac.problem import Op, Problem, Specialisation
 from glac.settings import checked_mode, require_aot
 from glac.templates import stride_unit
@@ -63,7 +63,13 @@ def _launchable(problem: Problem, q: Tensor) -> bool:
         return False
     # The largest grid any config has; launches count programs in 31 bits.
     tiles = -(-max(problem.spec.K, problem.spec.V) // 16)
-    return problem.B * problem.H * tiles * MAX_SEGMENTS <= MAX_PROGRAMS
+    segments = MAX_SEGMENTS + problem.packed
+    return problem.B * problem.H * tiles * segments <= MAX_PROGRAMS
+
+
+def _boundaries(cu: Tensor | None) -> Tensor | None:
+    """``cu_seqlens`` as kernels read it. From int64 that is one more launch."""
+    return None if cu is None else contiguous(cu.to(torch.int32))
 
 
 def _laid_out_inputs(
@@ -96,22 +102,24 @@ def forward(
     initial_state: Tensor | None,
     output_final_state: bool,
     chunk_size: int,
+    cu: Tensor | None = None,
 ) -> Result:
     """The forward pass. Tensors are validated and belong to ``problem``.
 
     Args:
         problem: their specialisation and sizes.
-        q: ``[B, T, H, K]``, of any layout, as all tensors here.
-        k: ``[B, T, H, K]``.
-        v: ``[B, T, H, V]``.
-        gate: ``g [B, T, H, K]``, or what the low-rank gate is made of.
+        q: ``[B, T, Hq, K]``, of any layout, as all tensors here.
+        k: ``[B, T, Hk, K]``.
+        v: ``[B, T, Hs, V]``.
+        gate: ``g [B, T, Hs, K]``, or what the low-rank gate is made of.
         scale: factor on the queries.
-        initial_state: ``[B, H, K, V]`` in fp32, or None.
+        initial_state: ``[N, Hs, K, V]`` in fp32, or None.
         output_final_state: whether to return the state after the last token.
         chunk_size: tokens per chunk of the PyTorch form.
+        cu: ``[N + 1]``, boundaries of a packed batch; None for a dense one (N = B).
 
     Returns:
-        ``o [B, T, H, V]`` in the input dtype; the final state ``[B, H, K, V]`` in fp32, or None.
+        ``o [B, T, H, V]`` in the input dtype; the final state ``[N, Hs, K, V]`` in fp32, or None.
 
     Raises:
         InputError: checked mode, and a gate is positive or NaN.
@@ -122,20 +130,14 @@ def forward(
         check_gate_values(gate.tensors[0])
     plan = dispatch.resolve(problem, q.device.index)[1] if _launchable(problem, q) else None
     if plan is None:
-        from glac import reference
+        from glac import fallback
 
-        return reference.chunk_gla(
-            q,
-            k,
-            v,
-            _dense_gate(problem, gate),
-            scale=scale,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            chunk_size=chunk_size,
+        return fallback.forward(
+            problem, q, k, v, gate, scale, initial_state, output_final_state, chunk_size, cu
         )
     q, k, v, gate = _laid_out_inputs(problem.spec, q, k, v, gate)
-    arguments = (plan, q, k, v, gate, scale, contiguous(initial_state), output_final_state)
+    start, cu = contiguous(initial_state), _boundaries(cu)
+    arguments = (plan, q, k, v, gate, scale, start, output_final_state, cu)
     if torch.cuda.current_device() == q.device.index:  # the guard alone costs 5 us
         return run_forward(*arguments)
     with torch.cuda.device(q.device):
@@ -155,21 +157,23 @@ def backward(
     chunk_size: int,
     *,
     dh0: bool,
+    cu: Tensor | None = None,
 ) -> Gradients:
     """The backward pass, from the inputs of ``forward`` and the gradients of its results.
 
     Args:
         problem: as for ``forward``, like the other arguments not named here.
-        q: ``[B, T, H, K]``.
-        k: ``[B, T, H, K]``.
-        v: ``[B, T, H, V]``.
+        q: ``[B, T, Hq, K]``.
+        k: ``[B, T, Hk, K]``.
+        v: ``[B, T, Hs, V]``.
         gate: of the forward pass.
         scale: factor on the queries.
-        initial_state: ``[B, H, K, V]`` in fp32, or None.
+        initial_state: ``[N, Hs, K, V]`` in fp32, or None.
         do: gradient of ``o``, ``[B, T, H, V]``.
-        dht: gradient of the final state, ``[B, H, K, V]`` in fp32, or None for zeros.
+        dht: gradient of the final state, ``[N, Hs, K, V]`` in fp32, or None for zeros.
         chunk_size: tokens per chunk of the PyTorch form.
         dh0: whether to return the gradient of the initial state.
+        cu: as for ``forward``.
 
     Returns:
         ``dq``, ``dk``, ``dv`` and ``dg`` or ``dx`` in the dtypes of their inputs; ``dweight``,
@@ -184,18 +188,21 @@ def backward(
         if plan is None:
             _warn_of_slow_backward(problem, q, decision.reason)
     if plan is None:
-        return _torch_backward(
-            problem, q, k, v, gate, scale, initial_state, do, dht, chunk_size, dh0
+        from glac import fallback
+
+        return fallback.backward(
+            problem, q, k, v, gate, scale, initial_state, do, dht, chunk_size, dh0, cu
         )
     from glac.backward import run_backward
 
     q, k, v, gate = _laid_out_inputs(problem.spec, q, k, v, gate)
     do = laid_out(do, stride_unit(problem.spec.V))
     arguments = (plan, q, k, v, gate, scale, contiguous(initial_state), do, contiguous(dht))
+    cu = _boundaries(cu)
     if torch.cuda.current_device() == q.device.index:
-        return run_backward(*arguments, dh0=dh0)
+        return run_backward(*arguments, dh0=dh0, cu=cu)
     with torch.cuda.device(q.device):
-        return run_backward(*arguments, dh0=dh0)
+        return run_backward(*arguments, dh0=dh0, cu=cu)
 
 
 def require_backward(problem: Problem, q: Tensor) -> None:
@@ -224,66 +231,4 @@ def _warn_of_slow_backward(problem: Problem, q: Tensor, reason: str) -> None:
         f"glac computes gradients in PyTorch, many times slower than a kernel: no backward kernel "
         f"for {problem} ({reason}). Ship one: glac tune, glac build.",
         stacklevel=2,
-    )
-
-
-def _torch_backward(
-    problem: Problem,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: GateInput,
-    scale: float,
-    initial_state: Tensor | None,
-    do: Tensor,
-    dht: Tensor | None,
-    chunk_size: int,
-    dh0: bool,
-) -> Gradients:
-    from glac import reference
-
-    dq, dk, dv, dg, dstate = reference.chunk_gla_backward(
-        q,
-        k,
-        v,
-        _dense_gate(problem, gate),
-        do,
-        scale=scale,
-        initial_state=initial_state,
-        dht=dht,
-        chunk_size=chunk_size,
-    )
-    if not gate.lowrank:
-        return dq, dk, dv, (dg,), dstate if dh0 else None
-    x, weight, bias = gate.tensors
-    assert x is not None
-    assert weight is not None
-    grads = reference.lowrank_gate_backward(
-        x, weight, bias, dg, normalizer=1 / gate.inv_normalizer, clamp_min=_clamp_min(gate)
-    )
-    return dq, dk, dv, grads, dstate if dh0 else None
-
-
-def _clamp_min(gate: GateInput) -> float | None:
-    """The caller's bound: a step below ``STEP_MIN`` decays by 0 in fp32 with or without one."""
-    return gate.clamp if gate.clamp > STEP_MIN else None
-
-
-def _dense_gate(problem: Problem, gate: GateInput) -> Tensor:
-    """``g [B, T, H, K]`` for the PyTorch form."""
-    if not gate.lowrank:
-        assert gate.tensors[0] is not None
-        return gate.tensors[0]
-    from glac.reference import lowrank_gate
-
-    x, weight, bias = gate.tensors
-    assert x is not None
-    assert weight is not None
-    return lowrank_gate(
-        x,
-        weight,
-        bias,
-        num_heads=problem.H,
-        normalizer=1 / gate.inv_normalizer,
-        clamp_min=_clamp_min(gate),
     )

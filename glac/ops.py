@@ -42,6 +42,12 @@ def no_second_derivative() -> NotDifferentiableError:
     )
 
 
+def output_shape(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    """``[B, T, H, V]``: heads of queries that share a state each have an output."""
+    B, T, heads, _ = q.shape
+    return B, T, max(heads, v.shape[2]), v.shape[3]
+
+
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     """``tensor``, contiguous; without one an empty fp32 tensor."""
     return like.new_empty(0, dtype=torch.float32) if tensor is None else tensor.contiguous()
@@ -57,7 +63,8 @@ class _Family:
 
     Attributes:
         name: what both names begin with.
-        tensors: schema of the inputs: q, k, v, those of the gate, the initial state.
+        tensors: schema of the inputs: q, k, v, those of the gate, the initial state, and the
+            boundaries of a packed batch, which have no gradient.
         numbers: schema of the gate's numbers, as in ``GateInput``.
         gradients: names of the gradients of the gate's inputs.
         check: validates the inputs.
@@ -75,9 +82,9 @@ class _Family:
         return self.tensors.count(",") + 1
 
     def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
-        q, k, v, *gate, initial_state = args[: self.count]
+        q, k, v, *gate, initial_state, cu = args[: self.count]
         *numbers, scale, output_final_state, chunk_size = args[self.count :]
-        problem = self.check(q, k, v, *gate, initial_state)
+        problem = self.check(q, k, v, *gate, initial_state, cu)
         o, state = engine.forward(
             problem,
             q,
@@ -88,20 +95,22 @@ class _Family:
             initial_state,
             output_final_state,
             chunk_size,
+            cu,
         )
         return o, _or_empty(state, q)
 
     def fake_forward(self, *args: Any) -> tuple[Tensor, Tensor]:
-        q, _, v, *_ = args
+        q, _, v, *_, cu = args[: self.count]
         *_, output_final_state, _ = args
-        B, _, H, K = q.shape
-        final = (B, H, K, v.shape[3]) if output_final_state else (0,)
-        return _fake(v, v.shape), _fake(q, final, torch.float32)
+        sequences = q.shape[0] if cu is None else cu.shape[0] - 1
+        state = (sequences, v.shape[2], q.shape[3], v.shape[3])
+        final = state if output_final_state else (0,)
+        return _fake(v, output_shape(q, v)), _fake(q, final, torch.float32)
 
     def backward(self, *args: Any) -> tuple[Tensor, ...]:
-        q, k, v, *gate, initial_state, do, dht = args[: self.count + 2]
+        q, k, v, *gate, initial_state, cu, do, dht = args[: self.count + 2]
         *numbers, scale, chunk_size = args[self.count + 2 :]
-        problem = self.check(q, k, v, *gate, initial_state)
+        problem = self.check(q, k, v, *gate, initial_state, cu)
         dq, dk, dv, gates, dh0 = engine.backward(
             problem,
             q,
@@ -114,12 +123,12 @@ class _Family:
             dht,
             chunk_size,
             dh0=initial_state is not None,
+            cu=cu,
         )
         return tuple(_or_empty(t, q) for t in (dq, dk, dv, *gates, dh0))
 
     def fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
-        inputs = args[: self.count]
-        q, k, v, gate, *wide = inputs
+        q, k, v, gate, *wide, _ = args[: self.count]
         grads = [_fake(t, t.shape) for t in (q, k, v, gate)]
         shapes = ((0,) if t is None else t.shape for t in wide)
         return *grads, *(_fake(q, shape, torch.float32) for shape in shapes)
@@ -137,9 +146,9 @@ class _Family:
         if do is None and dht is None:
             return *(None for _ in inputs), *unused
         if do is None:
-            do = torch.zeros_like(inputs[2])
+            do = inputs[2].new_zeros(output_shape(inputs[0], inputs[2]))
         grads = self.operator("bwd")(*inputs, do, dht, *numbers, chunk_size)
-        return *wanted(ctx.needs_input_grad, grads), *unused
+        return *wanted(ctx.needs_input_grad, (*grads, None)), *unused
 
     def operator(self, which: str) -> Any:
         return getattr(torch.ops.glac, f"{self.name}_{which}").default
@@ -176,14 +185,15 @@ def _refuse(ctx: Any, *grads: Tensor | None) -> Any:
 
 chunk_gla_fwd, chunk_gla_bwd = _Family(
     "chunk_gla",
-    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state",
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state, Tensor? cu_seqlens",
     "",
     ("dg",),
     check_vector,
 ).register()
 chunk_gla_lowrank_fwd, chunk_gla_lowrank_bwd = _Family(
     "chunk_gla_lowrank",
-    "Tensor q, Tensor k, Tensor v, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state",
+    "Tensor q, Tensor k, Tensor v, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+    "Tensor? cu_seqlens",
     "float inv_normalizer, float clamp, ",
     ("dx", "dweight", "dbias"),
     check_lowrank,

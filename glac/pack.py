@@ -37,7 +37,7 @@ from glac.templates import (
     TEMPLATES,
     active_args,
     pointer_type,
-    template_op,
+    template_ops,
     templates_sha256,
     tiles,
 )
@@ -436,8 +436,8 @@ def manifest_sha256(manifest: Mapping[str, Any]) -> str:
 
 
 def ops_of(kernels: Iterable[KernelSpec]) -> list[Op]:
-    """The ops that kernels belong to."""
-    found = {template_op(kernel.template) for kernel in kernels}
+    """The ops that kernels serve."""
+    found = {op for kernel in kernels for op in template_ops(kernel.template)}
     return sorted(found, key=lambda op: op.order)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
-from glac.configs import Config
+from glac.configs import ChunkKernelConfig, CombineKernelConfig, Config, segmentation
 from glac.problem import Problem, Specialisation
 from glac.record import dataclass
-from glac.templates import stride_unit
+from glac.templates import stride_unit, tiles
 
 LOG2E = 1.4426950408889634
 STEP_MIN = -111.0
@@ -98,3 +99,84 @@ def gate_arguments(gate: GateInput, spec: Specialisation) -> GateArguments:
         (int(gate.tensors[2] is not None),),
         (first.stride(0) // unit, first.stride(1) // unit),
     )
+
+
+def segments_of(problem: Problem, segment: int) -> tuple[int, int]:
+    """Slots of segments in a row of the tensors, and the tokens of a segment.
+
+    A packed batch that is not cut has one slot for each sequence and segments longer than T
+    (``kernel_templates/_place.py``).
+
+    Args:
+        problem: sizes.
+        segment: the config's, 0 for whole sequences.
+    """
+    if not problem.packed:
+        return segmentation(segment, problem.T)
+    count, length = segmentation(segment, problem.T)
+    if count == 1:
+        return problem.packed, problem.T + 1
+    return problem.T // length + problem.packed, length
+
+
+def segment_states(
+    plan: Plan[Any],
+    k: Tensor,
+    v: Tensor,
+    gate: GateInput,
+    ends: Tensor | None,
+    cu: Tensor | None,
+    *,
+    segments: tuple[int, int],
+    summary: ChunkKernelConfig,
+    heads: int,
+    k_group: int = 1,
+    g_group: int = 1,
+    out_scale: float = 1.0,
+    reverse: bool = False,
+) -> Tensor:
+    """The state at every border between segments, or with ``reverse`` its gradient.
+
+    Args:
+        plan: whose kernels ``gla_states`` and ``gla_combine`` run.
+        k: keys; with ``reverse`` queries.
+        v: values; with ``reverse`` the gradient of the output.
+        gate: the gate.
+        ends: the state to begin with, or with ``reverse`` the gradient of the last one.
+        cu: boundaries of a packed batch.
+        segments: what ``segments_of`` said.
+        summary: config of ``gla_states``.
+        heads: how many are walked.
+        k_group: heads that share one of ``k``.
+        g_group: heads that share one of the gate (and, with ``reverse``, one of ``ends``).
+        out_scale: factor on what segments add.
+        reverse: whether to walk back.
+
+    Returns:
+        ``[B, heads, slots, K, V]`` in fp32. Slot j is the state before segment j, undefined for the
+        first; with ``reverse`` what concerns the end of segment j, undefined for the last.
+    """
+    problem = plan.problem
+    spec = problem.spec
+    B, T, K, V = problem.B, problem.T, spec.K, spec.V
+    count, length = segments
+    packed = int(cu is not None)
+    args = gate_arguments(gate, spec)
+    states = torch.empty((B, heads, count, K, V), dtype=torch.float32, device=k.device)
+    decay = torch.empty((B, heads, count, K), dtype=torch.float32, device=k.device)
+    plan.kernels["gla_states"].run(
+        (k, v, *gate.tensors, cu, None, states, None, decay),
+        (
+            *(out_scale, *args.scalars, T, problem.sequences, heads, count, 0, count, length),
+            *(1, 1, k_group, 1, g_group, int(reverse), 1, 0, packed, 0, *args.flag),
+            *(*strides(k, stride_unit(K)), *strides(v, stride_unit(V)), *args.strides),
+        ),
+        tiles("gla_states", spec, summary) * count * B * heads,
+    )
+    combine = CombineKernelConfig()
+    plan.kernels["gla_combine"].run(
+        (states, decay, ends, cu),
+        (T, heads, count, length, g_group, int(reverse), packed, int(ends is not None)),
+        tiles("gla_combine", spec, combine) * problem.sequences * heads,
+    )
+    return states

@@ -16,7 +16,7 @@ from typing import Any
 from glac.errors import ConfigError
 from glac.record import dataclass
 
-MAX_K = 256
+MAX_K = 512
 MAX_V = 512
 LOWRANK_RANKS = (8, 16, 32, 64)
 
@@ -84,7 +84,7 @@ class Specialisation:
     """The compile-time part of a problem.
 
     Attributes:
-        K: key (and query, and gate) channels per head, 1..256.
+        K: key (and query, and gate) channels per head, 1..512.
         V: value channels per head, 1..512.
         dtype: of q, k, v and of the output.
         gate: how the forget gate arrives.
@@ -169,16 +169,43 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Problem:
-    """A specialisation with the run-time sizes."""
+    """A specialisation with the run-time sizes.
+
+    Attributes:
+        spec: the compile-time part.
+        B: sequences of a dense batch; 1 for a packed one.
+        T: tokens of each, or of all sequences of a packed batch.
+        H: heads of the output.
+        packed: sequences of a packed batch (``cu_seqlens``), 0 for a dense one.
+        q_group: heads of the output that share a head of the queries, 1 unless heads are grouped.
+        k_group: likewise of the keys.
+        s_group: likewise of the values, the gate and the state.
+    """
 
     spec: Specialisation
     B: int
     T: int
     H: int
+    packed: int = 0
+    q_group: int = 1
+    k_group: int = 1
+    s_group: int = 1
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of the batch, each with a state of its own."""
+        return self.packed or self.B
+
+    @property
+    def state_heads(self) -> int:
+        """Heads of values, gate and state."""
+        return self.H // self.s_group
 
     @property
     def bucket(self) -> Bucket:
-        return Bucket(_round_log2(self.B * self.H), _round_log2(self.T))
+        """Of a packed batch that of a dense one with as many sequences and tokens."""
+        mean = max(1, self.B * self.T // self.sequences)
+        return Bucket(_round_log2(self.sequences * self.H), _round_log2(mean))
 
     def bytes(self, op: Op) -> int:
         """Bytes that ``op`` must move through memory: inputs read once, results written once.
@@ -188,19 +215,21 @@ class Problem:
         which are optional, nor what kernels keep for each other.
         """
         s = self.spec
-        token_heads = self.B * self.T * self.H
-        inputs = (2 * s.K + s.V) * s.dtype.itemsize * token_heads + self._gate_bytes
-        output = s.V * s.dtype.itemsize * token_heads
+        tokens = self.B * self.T
+        keys = s.K * (self.H // self.q_group + self.H // self.k_group)
+        inputs = (keys + s.V * self.state_heads) * s.dtype.itemsize * tokens + self._gate_bytes
+        output = s.V * self.H * s.dtype.itemsize * tokens
         return inputs + output if op is Op.FORWARD else 2 * inputs + output
 
     @property
     def _gate_bytes(self) -> int:
         """Of the dense gate, or of x, weight and bias."""
         s = self.spec
+        heads = self.state_heads
         if s.gate is Gate.VECTOR:
-            return self.B * self.T * self.H * s.K * s.gate_dtype.itemsize
+            return self.B * self.T * heads * s.K * s.gate_dtype.itemsize
         per_head = (s.rank * s.dtype.itemsize + s.gate_dtype.itemsize) * s.K
-        return self.B * self.T * s.rank * s.dtype.itemsize + self.H * per_head
+        return self.B * self.T * s.rank * s.dtype.itemsize + heads * per_head
 
     @property
     def forward_bytes(self) -> int:

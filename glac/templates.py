@@ -63,12 +63,22 @@ class Template:
         return TEMPLATE_DIR / f"{self.name}.py"
 
 
+_STRIDES = {
+    name: " ".join(f"{name}_{axis}:i32" for axis in ("b", "t", "h"))
+    for name in ("q", "k", "v", "do", "g")
+}
+_X_STRIDES = "x_b:i32 x_t:i32"
+_GATE = "g:*gate x:*io w:*io bias:*gate"
+_GATE_SCALARS = "inv_normalizer:fp32 clamp_log2:fp32"
+_GROUPS = "q_group:i32 k_group:i32 s_group:i32"
+
 _BWD_ARGS = (
-    "q:*io k:*io v:*io g:*gate x:*io w:*io bias:*gate do:*io states:*state dht:*fp32 dq:*io "
-    "dk:*io dv:*io dg:*gate dx:*fp32 dw:*fp32 db:*fp32 dh0:*fp32 flags:*i32 scale:fp32 "
-    "inv_normalizer:fp32 clamp_log2:fp32 T:i32 B:i32 H:i32 t_begin:i32 t_end:i32 has_dht:i32 "
-    "has_dh0:i32 has_bias:i32 q_b:i32 q_t:i32 q_h:i32 k_b:i32 k_t:i32 k_h:i32 v_b:i32 v_t:i32 "
-    "v_h:i32 do_b:i32 do_t:i32 do_h:i32 g_b:i32 g_t:i32 g_h:i32 x_b:i32 x_t:i32"
+    f"q:*io k:*io v:*io {_GATE} do:*io cu:*i32 states:*state dht:*fp32 ends:*fp32 dq:*io dk:*io "
+    "dv:*io dg:*gate dx:*fp32 dw:*fp32 db:*fp32 dh0:*fp32 flags:*i32 "
+    f"scale:fp32 {_GATE_SCALARS} T:i32 B:i32 N:i32 H:i32 n_seg:i32 seg_first:i32 seg_count:i32 "
+    f"seg_len:i32 n_kept:i32 dx_first:i32 dx_tokens:i32 {_GROUPS} chain:i32 has_cu:i32 "
+    f"has_dht:i32 has_dh0:i32 has_bias:i32 {_STRIDES['q']} {_STRIDES['k']} {_STRIDES['v']} "
+    f"{_STRIDES['do']} {_STRIDES['g']} {_X_STRIDES}"
 )
 
 TEMPLATES: dict[str, Template] = {
@@ -77,58 +87,51 @@ TEMPLATES: dict[str, Template] = {
         Template(
             "gla_fwd",
             _args(
-                "q:*io k:*io v:*io g:*gate x:*io w:*io bias:*gate o:*io h0:*fp32 ht:*fp32 "
-                "scale:fp32 inv_normalizer:fp32 clamp_log2:fp32 T:i32 H:i32 n_seg:i32 seg_len:i32 "
-                "has_h0:i32 has_ht:i32 has_bias:i32 q_b:i32 q_t:i32 q_h:i32 k_b:i32 k_t:i32 "
-                "k_h:i32 v_b:i32 v_t:i32 v_h:i32 g_b:i32 g_t:i32 g_h:i32 x_b:i32 x_t:i32"
+                f"q:*io k:*io v:*io {_GATE} o:*io cu:*i32 h0:*fp32 starts:*fp32 ht:*fp32 "
+                f"scale:fp32 {_GATE_SCALARS} T:i32 N:i32 H:i32 n_seg:i32 seg_len:i32 {_GROUPS} "
+                "has_cu:i32 has_h0:i32 has_ht:i32 has_bias:i32 "
+                f"{_STRIDES['q']} {_STRIDES['k']} {_STRIDES['v']} {_STRIDES['g']} {_X_STRIDES}"
             ),
             ("segments", "heads"),
         ),
         Template(
-            "gla_fwd_summary",
+            "gla_states",
             _args(
-                "k:*io v:*io g:*gate x:*io w:*io bias:*gate states:*fp32 decay:*fp32 "
-                "inv_normalizer:fp32 clamp_log2:fp32 T:i32 H:i32 n_seg:i32 seg_len:i32 "
-                "has_bias:i32 k_b:i32 k_t:i32 k_h:i32 v_b:i32 v_t:i32 v_h:i32 g_b:i32 g_t:i32 "
-                "g_h:i32 x_b:i32 x_t:i32"
+                f"k:*io v:*io {_GATE} cu:*i32 h0:*fp32 starts:*fp32 states:*state decay:*fp32 "
+                f"out_scale:fp32 {_GATE_SCALARS} T:i32 N:i32 H:i32 n_seg:i32 seg_first:i32 "
+                "seg_count:i32 seg_len:i32 keep:i32 n_kept:i32 k_group:i32 v_group:i32 "
+                "g_group:i32 reverse:i32 summarise:i32 from_start:i32 has_cu:i32 has_h0:i32 "
+                f"has_bias:i32 {_STRIDES['k']} {_STRIDES['v']} {_STRIDES['g']} {_X_STRIDES}"
             ),
-            ("segments_before_last", "heads"),
+            ("segments", "heads"),
         ),
         Template(
-            "gla_fwd_combine",
-            _args("states:*fp32 decay:*fp32 h0:*fp32 n_seg:i32 has_h0:i32"),
-            ("heads",),
-        ),
-        Template(
-            "gla_bwd_states",
+            "gla_combine",
             _args(
-                "k:*io v:*io g:*gate x:*io w:*io bias:*gate h0:*fp32 states:*state marks:*fp32 "
-                "inv_normalizer:fp32 clamp_log2:fp32 T:i32 H:i32 t_begin:i32 t_end:i32 "
-                "keep_from:i32 keep:i32 window:i32 h0_slots:i32 mark_slots:i32 has_h0:i32 "
-                "has_bias:i32 k_b:i32 k_t:i32 k_h:i32 v_b:i32 v_t:i32 v_h:i32 g_b:i32 g_t:i32 "
-                "g_h:i32 x_b:i32 x_t:i32"
+                "states:*fp32 decay:*fp32 ends:*fp32 cu:*i32 T:i32 H:i32 n_seg:i32 seg_len:i32 "
+                "group:i32 reverse:i32 has_cu:i32 has_ends:i32"
             ),
             ("heads",),
         ),
-        Template("gla_bwd", _args(_BWD_ARGS), ("heads",)),
-        Template("gla_bwd_exact", _args(_BWD_ARGS), ("heads",)),
+        Template("gla_bwd", _args(_BWD_ARGS), ("segments", "heads")),
+        Template("gla_bwd_exact", _args(_BWD_ARGS), ("segments", "heads")),
         Template(
             "gla_bwd_dv",
             _args(
-                "q:*io k:*io g:*gate x:*io w:*io bias:*gate do:*io dht:*fp32 dv:*io scale:fp32 "
-                "inv_normalizer:fp32 clamp_log2:fp32 T:i32 H:i32 has_dht:i32 has_bias:i32 "
-                "q_b:i32 q_t:i32 q_h:i32 k_b:i32 k_t:i32 k_h:i32 do_b:i32 do_t:i32 do_h:i32 "
-                "g_b:i32 g_t:i32 g_h:i32 x_b:i32 x_t:i32"
+                f"q:*io k:*io {_GATE} do:*io cu:*i32 dht:*fp32 ends:*fp32 dv:*io scale:fp32 "
+                f"{_GATE_SCALARS} T:i32 N:i32 H:i32 n_seg:i32 seg_len:i32 {_GROUPS} has_cu:i32 "
+                f"has_dht:i32 has_bias:i32 {_STRIDES['q']} {_STRIDES['k']} {_STRIDES['do']} "
+                f"{_STRIDES['g']} {_X_STRIDES}"
             ),
-            ("heads",),
+            ("segments", "heads"),
         ),
     )
 }
 
-FORWARD = ("gla_fwd", "gla_fwd_summary", "gla_fwd_combine")
+FORWARD = ("gla_fwd", "gla_states", "gla_combine")
 """Templates of the forward pass."""
 
-BACKWARD = ("gla_bwd_states", "gla_bwd", "gla_bwd_exact", "gla_bwd_dv")
+BACKWARD = ("gla_states", "gla_combine", "gla_bwd", "gla_bwd_exact", "gla_bwd_dv")
 """Templates of the backward pass."""
 
 OP_TEMPLATES: dict[Op, tuple[str, ...]] = {Op.FORWARD: FORWARD, Op.BACKWARD: BACKWARD}
@@ -137,7 +140,21 @@ OP_TEMPLATES: dict[Op, tuple[str, ...]] = {Op.FORWARD: FORWARD, Op.BACKWARD: BAC
 
 _VECTOR_ONLY = frozenset({"g", "g_b", "g_t", "g_h", "dg"})
 _LOWRANK_ONLY = frozenset(
-    {"x", "w", "bias", "inv_normalizer", "clamp_log2", "has_bias", "x_b", "x_t", "dx", "dw", "db"}
+    [
+        "x",
+        "w",
+        "bias",
+        "inv_normalizer",
+        "clamp_log2",
+        "has_bias",
+        "x_b",
+        "x_t",
+        "dx",
+        "dw",
+        "db",
+        "dx_first",
+        "dx_tokens",
+    ]
 )
 
 
@@ -146,7 +163,7 @@ def kernel_specialisation(template: str, spec: Specialisation) -> Specialisation
 
     Kernels that differ only in what they ignore are thus one kernel.
     """
-    if template == "gla_fwd_combine":
+    if template == "gla_combine":
         return Specialisation(spec.K, spec.V, DType.FP32, Gate.VECTOR, DType.FP32)
     return spec
 
@@ -186,7 +203,7 @@ def stride_unit(dim: int) -> int:
 
 
 _WITHOUT = {
-    "gla_fwd_summary": ("INTERPRETED",),
+    "gla_states": ("BX", "INTERPRETED"),
     "gla_bwd": ("BX", "INTERPRETED"),
     "gla_bwd_exact": ("INTERPRETED",),
 }
@@ -267,6 +284,6 @@ def templates_sha256(ops: Iterable[Op]) -> dict[Op, str]:
     return {op: sources_sha256(OP_TEMPLATES[op]) for op in ops}
 
 
-def template_op(template: str) -> Op:
-    """The op that a template belongs to."""
-    return next(op for op, names in OP_TEMPLATES.items() if template in names)
+def template_ops(template: str) -> tuple[Op, ...]:
+    """The ops that a template serves."""
+    return tuple(op for op, names in OP_TEMPLATES.items() if template in names)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glac.errors import InputError, InputTypeError
 from glac.problem import LOWRANK_RANKS, MAX_K, MAX_V, DType, Gate, Problem, Specialisation
+from glac.record import dataclass
 
 DTYPES: dict[torch.dtype, DType] = {
     torch.bfloat16: DType.BF16,
@@ -25,6 +26,8 @@ _SUPPORTED = "torch.bfloat16, torch.float16 or torch.float32"
 # Offsets inside a tile are 32-bit: 128 rows of a token stride must stay below 2^31 elements.
 MAX_TOKEN_STRIDE = 2**24
 MAX_PROGRAMS = 2**31 - 1
+# Positions are 32-bit, and kernels look a chunk ahead and round lengths up.
+MAX_TOKENS = 2**31 - 1 - 65536
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -81,6 +84,12 @@ def check_scalar(name: str, value: float, *, positive: bool = False) -> float:
     return number
 
 
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises ``InputError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
 def check_chunk_size(value: int | None) -> int:
     """The PyTorch path's chunk: ``value``, or 64.
 
@@ -97,19 +106,89 @@ def check_chunk_size(value: int | None) -> int:
     return value
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, DType]:
+@dataclass(frozen=True)
+class _Sizes:
+    """What q, k, v and ``cu_seqlens`` say; the names are those of ``Problem``."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    dtype: DType
+    packed: int
+    q_heads: int
+    k_heads: int
+    state_heads: int
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        return self.packed or self.B, self.state_heads, self.K, self.V
+
+    def problem(self, gate: Gate, gate_dtype: DType, rank: int = 0) -> Problem:
+        return Problem(
+            Specialisation(self.K, self.V, self.dtype, gate, gate_dtype, rank),
+            self.B,
+            self.T,
+            self.H,
+            self.packed,
+            self.H // self.q_heads,
+            self.H // self.k_heads,
+            self.H // self.state_heads,
+        )
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Keys serve groups of values; queries serve groups of values, or share a state."""
+    q_heads, k_heads, v_heads = q.shape[2], k.shape[2], v.shape[2]
+    if v_heads % k_heads:
+        raise InputError(
+            f"k must be [B, T, Hk, K] with Hk a divisor of the {v_heads} heads of v, "
+            f"got {_shape(k)}",
+            hint="several heads of v may share a head of k, not the other way round",
+        )
+    if v_heads % q_heads and q_heads % v_heads:
+        raise InputError(
+            f"q must be [B, T, Hq, K] with Hq a divisor or a multiple of the {v_heads} heads of "
+            f"v, got {_shape(q)}"
+        )
+
+
+def _check_cu(cu_seqlens: Tensor | None, q: Tensor) -> int:
+    """How many sequences a packed batch has; 0 without ``cu_seqlens``."""
+    if cu_seqlens is None:
+        return 0
+    _want_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise InputError(
+            f"cu_seqlens must be [N + 1] with N >= 1 sequences, got shape {_shape(cu_seqlens)}",
+            hint="the first token of each sequence, and the number of all tokens: [0, 5, 12]",
+        )
+    integers = (torch.int32, torch.int64)
+    _want_dtype("cu_seqlens", cu_seqlens, integers, "positions of tokens")
+    if q.shape[0] != 1:
+        raise InputError(
+            f"with cu_seqlens the batch is packed into one row, got q of shape {_shape(q)}",
+            hint="q[B, T, ...].reshape(1, B * T, ...)",
+        )
+    return cu_seqlens.shape[0] - 1
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> _Sizes:
     for name, value in (("q", q), ("k", k), ("v", v)):
         _want_tensor(name, value)
     _want_rank("q", q, "[B, T, H, K]")
     _want_rank("k", k, "[B, T, H, K]")
     _want_rank("v", v, "[B, T, H, V]")
-    B, T, H, K = q.shape
-    V = v.shape[3]
-    _want_shape("k", k, "[B, T, H, K]", (B, T, H, K))
-    _want_shape("v", v, "[B, T, H, V]", (B, T, H, V))
-    for name, size in (("B", B), ("T", T), ("H", H)):
+    B, T, q_heads, K = q.shape
+    k_heads, v_heads, V = k.shape[2], v.shape[2], v.shape[3]
+    _want_shape("k", k, "[B, T, Hk, K]", (B, T, k_heads, K))
+    _want_shape("v", v, "[B, T, Hs, V]", (B, T, v_heads, V))
+    for name, size in (("B", B), ("T", T), ("H", min(q_heads, k_heads, v_heads))):
         if size < 1:
             raise InputError(f"{name} must be at least 1, got q of shape {_shape(q)}")
+    _check_heads(q, k, v)
+    H = max(q_heads, v_heads)
     for name, size, limit in (("K", K, MAX_K), ("V", V, MAX_V)):
         if not 1 <= size <= limit:
             raise InputError(
@@ -122,13 +201,14 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int
             f"fewer than {MAX_TOKEN_STRIDE} are addressable",
             hint="split the heads over several calls",
         )
-    if T > 2**31 - 1 - 256:
-        raise InputError(f"T must be below 2^31 - 256, got {T}")
+    if T > MAX_TOKENS:
+        raise InputError(f"T must be below 2^31 - 65536, got {T}")
     if q.dtype not in DTYPES:
         raise InputTypeError(f"q must be {_SUPPORTED}, got {q.dtype}")
     _want_dtype("k", k, (q.dtype,), "as q")
     _want_dtype("v", v, (q.dtype,), "as q")
-    return B, T, H, K, V, DTYPES[q.dtype]
+    packed = _check_cu(cu_seqlens, q)
+    return _Sizes(B, T, H, K, V, DTYPES[q.dtype], packed, q_heads, k_heads, v_heads)
 
 
 def _same_device(q: Tensor, **others: Tensor | None) -> None:
@@ -144,23 +224,28 @@ def _check_state(state: Tensor | None, wanted: tuple[int, int, int, int]) -> Non
     if state is None:
         return
     _want_tensor("initial_state", state)
-    _want_rank("initial_state", state, "[B, H, K, V]")
-    _want_shape("initial_state", state, "[B, H, K, V]", wanted)
+    _want_rank("initial_state", state, "[N, Hs, K, V]")
+    _want_shape("initial_state", state, "[N, Hs, K, V]", wanted)
     _want_dtype("initial_state", state, (torch.float32,), "states are fp32")
 
 
 def check_vector(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
 ) -> Problem:
     """Validate the arguments of ``chunk_gla``."""
-    B, T, H, K, V, dtype = _check_qkv(q, k, v)
+    sizes = _check_qkv(q, k, v, cu_seqlens)
     _want_tensor("g", g)
     _want_rank("g", g, "[B, T, H, K]")
-    _want_shape("g", g, "[B, T, H, K]", (B, T, H, K))
+    _want_shape("g", g, "[B, T, Hs, K]", (sizes.B, sizes.T, sizes.state_heads, sizes.K))
     _want_dtype("g", g, tuple({q.dtype: 0, torch.float32: 0}), "q's dtype or float32")
-    _check_state(initial_state, (B, H, K, V))
-    _same_device(q, k=k, v=v, g=g, initial_state=initial_state)
-    return Problem(Specialisation(K, V, dtype, Gate.VECTOR, DTYPES[g.dtype]), B, T, H)
+    _check_state(initial_state, sizes.state_shape)
+    _same_device(q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    return sizes.problem(Gate.VECTOR, DTYPES[g.dtype])
 
 
 def check_lowrank(
@@ -171,9 +256,10 @@ def check_lowrank(
     weight: Tensor,
     bias: Tensor | None,
     initial_state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
 ) -> Problem:
     """Validate the arguments of ``chunk_gla_lowrank``."""
-    B, T, H, K, V, dtype = _check_qkv(q, k, v)
+    sizes = _check_qkv(q, k, v, cu_seqlens)
     _want_tensor("x", x)
     _want_rank("x", x, "[B, T, R]")
     rank = x.shape[2]
@@ -182,22 +268,53 @@ def check_lowrank(
             f"x must be [B, T, R] with R one of {LOWRANK_RANKS}, got shape {_shape(x)}",
             hint="compute the gate yourself and call chunk_gla for other ranks",
         )
-    _want_shape("x", x, "[B, T, R]", (B, T, rank))
+    channels = sizes.state_heads * sizes.K
+    _want_shape("x", x, "[B, T, R]", (sizes.B, sizes.T, rank))
     _want_tensor("weight", weight)
-    _want_rank("weight", weight, "[H*K, R]")
-    _want_shape("weight", weight, "[H*K, R]", (H * K, rank))
+    _want_rank("weight", weight, "[Hs*K, R]")
+    _want_shape("weight", weight, "[Hs*K, R]", (channels, rank))
     _want_dtype("x", x, (q.dtype,), "as q")
     _want_dtype("weight", weight, (q.dtype,), "as q")
-    gate_dtype = dtype
+    gate_dtype = sizes.dtype
     if bias is not None:
         _want_tensor("bias", bias)
-        _want_rank("bias", bias, "[H*K]")
-        _want_shape("bias", bias, "[H*K]", (H * K,))
+        _want_rank("bias", bias, "[Hs*K]")
+        _want_shape("bias", bias, "[Hs*K]", (channels,))
         _want_dtype("bias", bias, tuple({q.dtype: 0, torch.float32: 0}), "q's dtype or float32")
         gate_dtype = DTYPES[bias.dtype]
-    _check_state(initial_state, (B, H, K, V))
-    _same_device(q, k=k, v=v, x=x, weight=weight, bias=bias, initial_state=initial_state)
-    return Problem(Specialisation(K, V, dtype, Gate.LOWRANK, gate_dtype, rank), B, T, H)
+    _check_state(initial_state, sizes.state_shape)
+    _same_device(
+        q,
+        k=k,
+        v=v,
+        x=x,
+        weight=weight,
+        bias=bias,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+    )
+    return sizes.problem(Gate.LOWRANK, gate_dtype, rank)
+
+
+def check_boundaries(cu_seqlens: Tensor, T: int) -> None:
+    """Checks the values of ``cu_seqlens``; on a GPU tensor this synchronises.
+
+    Raises:
+        InputError: they do not begin with 0, decrease, or do not end with T.
+    """
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        raise InputError(f"cu_seqlens must begin with 0, got {values[0]} at position 0")
+    for at, (before, here) in enumerate(zip(values, values[1:], strict=False), 1):
+        if here < before:
+            raise InputError(
+                f"cu_seqlens must not decrease, got {here} after {before} at position {at}"
+            )
+    if values[-1] != T:
+        raise InputError(
+            f"cu_seqlens must end with the number of tokens, T = {T}, "
+            f"got {values[-1]} at position {len(values) - 1}"
+        )
 
 
 def check_gate_values(g: Tensor) -> None:

@@ -49,7 +49,7 @@ def exact_scores(b_q, b_k, b_step, BT: tl.constexpr, IO: tl.constexpr, PRECISION
 
 
 @triton.jit
-def _steps(
+def gate_steps(
     g,  # [T, K] of this head
     x,  # [T, R] of this sequence
     b_w,  # [BR, BK]
@@ -96,7 +96,6 @@ def exact_segment(
     o,  # [T, V]
     h0,  # [K, V] state at the segment's start
     ht,  # [K, V] state at its end
-    decay,  # [K] total gate of the segment, log2
     scale,
     inv_normalizer,
     clamp_log2,
@@ -124,12 +123,11 @@ def exact_segment(
     UR: tl.constexpr,
     BV: tl.constexpr,
     BX: tl.constexpr,
-    OUTPUT: tl.constexpr,
     LOWRANK: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Walk a segment. With OUTPUT it writes o, otherwise (the summary kernel) the decay."""
+    """Walk a segment of a sequence of T tokens."""
     IO: tl.constexpr = v.dtype.element_ty
     row = tl.arange(0, BX)
     o_k = tl.arange(0, BK)
@@ -147,20 +145,16 @@ def exact_segment(
         b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
         b_bias = b_bias.to(tl.float32) * LOG2E
 
-    if OUTPUT:
-        b_s = tl.load(h0 + p_state, mask=m_state & (has_h0 != 0), other=0.0)  # [BK, BV]
-    else:
-        b_s = tl.zeros([BK, BV], dtype=tl.float32)
-    b_d = tl.zeros([BK], dtype=tl.float32)
+    b_s = tl.load(h0 + p_state, mask=m_state & (has_h0 != 0), other=0.0)  # [BK, BV]
     for t in tl.range(t_begin, t_end, BX, num_stages=1):
         t_row = t + row
         m_t = t_row < T
         m_after = (row < BX - 1) & (t_row + 1 < T)
-        b_step = _steps(
+        b_step = gate_steps(
             g, x, b_w, b_bias, inv_normalizer, clamp_log2, t_row, m_t,
             g_t, x_t, o_k, m_k, R, BR, UK, UR, LOWRANK, BF16, PRECISION,
         )  # fmt: skip
-        b_after = _steps(
+        b_after = gate_steps(
             g, x, b_w, b_bias, inv_normalizer, clamp_log2, t_row + 1, m_after,
             g_t, x_t, o_k, m_k, R, BR, UK, UR, LOWRANK, BF16, PRECISION,
         )  # fmt: skip
@@ -173,24 +167,20 @@ def exact_segment(
 
         b_cum = tl.cumsum(b_step, 0)
         b_end = tl.min(b_cum, 0)
-        b_d += b_end
-        if OUTPUT:
-            p_q = t_row[:, None] * (q_t.to(tl.int64) * UK) + o_k[None, :]
-            b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32) * scale
-            b_a = exact_scores(b_q, b_k, b_step, BX, IO, PRECISION)
-            b_a = operand(tl.where(row[:, None] >= row[None, :], b_a, 0.0), IO)
-            qh = operand(b_q * tl.exp2(b_cum), IO)
-            b_o = tl.dot(qh, operand(b_s, IO), input_precision=PRECISION)
-            b_o = tl.dot(b_a, b_v, b_o, input_precision=PRECISION)
-            p_o = t_row[:, None] * o_t.to(tl.int64) + o_v[None, :]
-            tl.store(o + p_o, b_o.to(IO), mask=m_tv)
+        p_q = t_row[:, None] * (q_t.to(tl.int64) * UK) + o_k[None, :]
+        b_q = tl.load(q + p_q, mask=m_tk, other=0.0).to(tl.float32) * scale
+        b_a = exact_scores(b_q, b_k, b_step, BX, IO, PRECISION)
+        b_a = operand(tl.where(row[:, None] >= row[None, :], b_a, 0.0), IO)
+        qh = operand(b_q * tl.exp2(b_cum), IO)
+        b_o = tl.dot(qh, operand(b_s, IO), input_precision=PRECISION)
+        b_o = tl.dot(b_a, b_v, b_o, input_precision=PRECISION)
+        p_o = t_row[:, None] * o_t.to(tl.int64) + o_v[None, :]
+        tl.store(o + p_o, b_o.to(IO), mask=m_tv)
         kh = operand(b_k * tl.exp2(tl.cumsum(b_after, 0, reverse=True)), IO)  # Gend - G
         b_s = b_s * tl.exp2(b_end)[:, None]
         b_s = tl.dot(tl.trans(kh), b_v, b_s, input_precision=PRECISION)
 
     tl.store(ht + p_state, b_s, mask=m_state & (has_ht != 0))
-    if not OUTPUT:
-        tl.store(decay + o_k, b_d, mask=m_k & (i_v == 0))
 
 
 # The same as a real call, with registers of its own. Inlined, its live values cost the fast loop

@@ -15,6 +15,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 STEP_MIN_LOG2 = tl.constexpr(-160.0)
 
 
+# The same bound in natural log, which bf16 and fp16 hold exactly.
+STEP_MIN = tl.constexpr(-111.0)
+
 # A low-rank gate is rounded to fp16 after this factor: 2^-160 * 256 still fits, and the smallest
 # step that is not lost is 2^-32.
 FP16_SCALE = tl.constexpr(256.0)
@@ -78,6 +81,12 @@ def cumulative_log2(b_g, m_tri, IN_LOG2: tl.constexpr, BF16: tl.constexpr):
     else:
         # Not clamped: with -inf the row of the last token is -inf, which fails the range test.
         return tl.dot(m_tri.to(b_g.dtype), b_g) * LOG2E
+
+
+@triton.jit
+def clamped(b_g):
+    """A dense gate without steps beyond the bound, so that sums and products of it are finite."""
+    return tl.where(b_g < STEP_MIN, tl.full([], STEP_MIN, b_g.dtype), b_g)  # NaN stays
 
 
 @triton.jit

@@ -15,10 +15,11 @@ pass through the state are sums without cancellation. A program owns a [BK, BV] 
 registers. Gradients of q, k and gate are complete over V tiles only as a sum, which the caller
 makes; dv is written (DV) where one tile holds all of K, and otherwise by ``gla_bwd_dv``.
 
-One launch covers a window of the sequence, [t_begin, t_end): S at the start of each of its
-chunks comes from ``gla_bwd_states``, and windows keep that small. dS enters a window as ``dht``
-and leaves it as ``dh0``. The anchor's range is tested as in ``gla_fwd``; a program that left it
-says so in ``flags``, and ``gla_bwd_exact`` does its work again.
+A program walks one segment of ``seg_count`` (``_place``). S at the start of each of its chunks
+comes from ``gla_states``. dS at its end is ``dht`` or a slot of ``ends``; with ``chain``, where one
+launch follows another from the last segment to the first, the program leaves dS for the next. The
+anchor's range is tested as in ``gla_fwd``; a program that left it says so in ``flags``, and
+``gla_bwd_exact`` does its work again.
 
 | tensor | shape           | dtype      | layout                                                |
 |--------|-----------------|------------|-------------------------------------------------------|
@@ -28,18 +29,23 @@ says so in ``flags``, and ``gla_bwd_exact`` does its work again.
 | x      | [B, T, R]       | io         | any b, t stride in units of UR (low rank)             |
 | w      | [H*K, R]        | io         | contiguous                                            |
 | bias   | [H*K]           | io or fp32 | contiguous, absent when has_bias == 0                 |
-| states | [B, H, N, K, V] | state      | contiguous, slot j: before token t_begin + j * BT     |
-| dht    | [B, H, K, V]    | fp32       | contiguous, absent when has_dht == 0                  |
+| cu     | [N + 1]         | int32      | boundaries of a packed batch, see ``_place``          |
+| states | [B, HS, C, N_KEPT, K, V] | state | contiguous, slot j: before token t_begin + j * BT |
+| dht    | [N, HS, K, V]   | fp32       | contiguous, absent when has_dht == 0                  |
+| ends   | [B, H, S, K, V] | fp32       | contiguous, dS at the end of each segment but the last |
 | dq, dk | [NV, B, T, H, K]| io         | contiguous                                            |
 | dv     | [B, T, H, V]    | io         | contiguous                                            |
 | dg     | [NV, B, T, H, K]| as g       | contiguous (vector gate)                              |
-| dx     | [NV, B, H*NK, T, R] | fp32   | contiguous, a part of each head and K tile (low rank) |
-| dw     | [NV, B, H*K, R] | fp32       | contiguous, a part of each sequence                   |
-| db     | [NV, B, H*K]    | fp32       | contiguous, likewise                                  |
-| dh0    | [B, H, K, V]    | fp32       | contiguous, absent when has_dh0 == 0                  |
-| flags  | [B, H, NK, NV]  | int32      | contiguous, 1 where the program left the range        |
+| dx     | [NV, B, H*NK, TX, R] | fp32  | contiguous, a part of each head and K tile, of tokens from dx_first on |
+| dw     | [NV, B, S, H*K, R] | fp32    | contiguous, a part of each segment                    |
+| db     | [NV, B, S, H*K] | fp32       | contiguous, likewise                                  |
+| dh0    | [N, H, K, V]    | fp32       | contiguous, absent when has_dh0 == 0                  |
+| flags  | [grid]          | int32      | 1 where the program left the range                    |
 
-Grid: x = V tiles (fastest) x K tiles x B*H.
+Heads and groups are those of ``gla_fwd``. All gradients are per head of the output: where heads
+share an input, the caller adds them up.
+
+Grid: x = V tiles (fastest) x K tiles x seg_count segments x B*H.
 """
 
 import triton
@@ -56,6 +62,7 @@ from glac.kernel_templates._bwd import (
 )
 from glac.kernel_templates._exact import START_RANGE_LOG2
 from glac.kernel_templates._gate import LOG2E, operand
+from glac.kernel_templates._place import place
 
 
 @triton.jit
@@ -68,25 +75,38 @@ def gla_bwd(
     w,  # [H*K, R]
     bias,  # [H*K]
     do,  # [B, T, H, V]
-    states,  # [B, H, N, K, V]
-    dht,  # [B, H, K, V]
+    cu,  # [N + 1]
+    states,  # [B, HS, C, N_KEPT, K, V]
+    dht,  # [N, HS, K, V]
+    ends,  # [B, H, S, K, V]
     dq,  # [NV, B, T, H, K]
     dk,  # [NV, B, T, H, K]
     dv,  # [B, T, H, V]
     dg,  # [NV, B, T, H, K]
-    dx,  # [NV, B, H*NK, T, R]
-    dw,  # [NV, B, H*K, R]
-    db,  # [NV, B, H*K]
-    dh0,  # [B, H, K, V]
-    flags,  # [B, H, NK, NV]
+    dx,  # [NV, B, H*NK, TX, R]
+    dw,  # [NV, B, S, H*K, R]
+    db,  # [NV, B, S, H*K]
+    dh0,  # [N, H, K, V]
+    flags,  # [grid]
     scale,
     inv_normalizer,
     clamp_log2,
     T,
     B,
+    N,
     H,
-    t_begin,
-    t_end,
+    n_seg,
+    seg_first,
+    seg_count,
+    seg_len,
+    n_kept,
+    dx_first,
+    dx_tokens,
+    q_group,
+    k_group,
+    s_group,
+    chain,
+    has_cu,
     has_dht,
     has_dh0,
     has_bias,
@@ -131,9 +151,11 @@ def gla_bwd(
     pid = tl.program_id(0)
     i_v = pid % NV
     i_k = (pid // NV) % NK
-    i_bh = pid // (NV * NK)
-    i_b = (i_bh // H).to(tl.int64)
-    i_h = i_bh % H
+    i_b, i_n, i_h, slot, bos, n_tok, t_begin, t_end, is_first, is_last = place(
+        pid // (NV * NK), cu, T, N, H, seg_first, seg_count, seg_len, has_cu
+    )
+    i_hs = i_h // s_group
+    HS = H // s_group
 
     row = tl.arange(0, BT)
     k0 = i_k * BK
@@ -145,37 +167,38 @@ def gla_bwd(
     m_low = row[:, None] >= row[None, :]
     m_up = row[:, None] <= row[None, :]
 
-    q += (i_b * q_b + i_h.to(tl.int64) * q_h) * UK
-    k += (i_b * k_b + i_h.to(tl.int64) * k_h) * UK
-    v += (i_b * v_b + i_h.to(tl.int64) * v_h) * UV
-    do += (i_b * do_b + i_h.to(tl.int64) * do_h) * UV
+    q += (i_b * q_b + bos * q_t + (i_h // q_group).to(tl.int64) * q_h) * UK
+    k += (i_b * k_b + bos * k_t + (i_h // k_group).to(tl.int64) * k_h) * UK
+    v += (i_b * v_b + bos * v_t + i_hs.to(tl.int64) * v_h) * UV
+    do += (i_b * do_b + bos * do_t + i_h.to(tl.int64) * do_h) * UV
     row_q = q_t.to(tl.int64) * UK
     row_k = k_t.to(tl.int64) * UK
     row_v = v_t.to(tl.int64) * UV
     row_do = do_t.to(tl.int64) * UV
-    out = ((i_v.to(tl.int64) * B + i_b) * T * H + i_h) * K
+    out = (((i_v.to(tl.int64) * B + i_b) * T + bos) * H + i_h) * K
     dq += out
     dk += out
-    dv += (i_b * T * H + i_h) * V
+    dv += ((i_b * T + bos) * H + i_h) * V
     row_dk = H.to(tl.int64) * K
     row_dv = H.to(tl.int64) * V
     if LOWRANK:
         o_r = tl.arange(0, BR)
         m_r = o_r < R
-        x += i_b * x_b * UR
+        x += (i_b * x_b + bos * x_t) * UR
         row_x = x_t.to(tl.int64) * UR
-        p_w = (i_h * K + o_k)[:, None] * R + o_r[None, :]
+        p_w = (i_hs * K + o_k)[:, None] * R + o_r[None, :]
+        p_dw = (i_h * K + o_k)[:, None] * R + o_r[None, :]
         m_w = m_k[:, None] & m_r[None, :]
         b_w = tl.load(w + p_w, mask=m_w, other=0.0)  # [BK, BR]
-        b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
+        b_bias = tl.load(bias + i_hs * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
         b_bias = b_bias.to(tl.float32) * LOG2E
-        dx += (((i_v * B + i_b) * H + i_h) * NK + i_k) * T * R
-        dw += (i_v * B + i_b) * H * K * R
-        db += (i_v * B + i_b) * H * K
+        dx += ((((i_v * B + i_b) * H + i_h) * NK + i_k) * dx_tokens + bos - dx_first) * R
+        dw += ((i_v * B + i_b) * n_seg + slot) * H * K * R
+        db += ((i_v * B + i_b) * n_seg + slot) * H * K
         b_dw = tl.zeros([BK, BR], dtype=tl.float32)
         b_db = tl.zeros([BK], dtype=tl.float32)
     else:
-        g += (i_b * g_b + i_h.to(tl.int64) * g_h) * UK
+        g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
         row_g = g_t.to(tl.int64) * UK
         dg += out
     # What the cumulative gate is a product of, see cumulative_log2_t.
@@ -187,37 +210,44 @@ def gla_bwd(
     upper, lower = triangles(BT, SUMMAND, BF16)
 
     n_chunks = tl.cdiv(t_end - t_begin, BT)
-    states += i_bh.to(tl.int64) * n_chunks * K * V
+    states += ((i_b * HS + i_hs) * seg_count + slot - seg_first) * n_kept * (K * V)
     # Descriptors, or the pointers themselves.
-    s_q = tl.make_tensor_descriptor(q, [T, K], [row_q, 1], [BT, BK]) if TMA else q
-    s_k = tl.make_tensor_descriptor(k, [T, K], [row_k, 1], [BT, BK]) if TMA else k
-    s_v = tl.make_tensor_descriptor(v, [T, V], [row_v, 1], [BT, BV]) if TMA else v
-    s_do = tl.make_tensor_descriptor(do, [T, V], [row_do, 1], [BT, BV]) if TMA else do
-    s_dq = tl.make_tensor_descriptor(dq, [T, K], [row_dk, 1], [BT, BK]) if TMA else dq
-    s_dk = tl.make_tensor_descriptor(dk, [T, K], [row_dk, 1], [BT, BK]) if TMA else dk
-    s_dv = tl.make_tensor_descriptor(dv, [T, V], [row_dv, 1], [BT, BV]) if TMA else dv
+    rows = tl.maximum(n_tok, 1)
+    s_q = tl.make_tensor_descriptor(q, [rows, K], [row_q, 1], [BT, BK]) if TMA else q
+    s_k = tl.make_tensor_descriptor(k, [rows, K], [row_k, 1], [BT, BK]) if TMA else k
+    s_v = tl.make_tensor_descriptor(v, [rows, V], [row_v, 1], [BT, BV]) if TMA else v
+    s_do = tl.make_tensor_descriptor(do, [rows, V], [row_do, 1], [BT, BV]) if TMA else do
+    s_dq = tl.make_tensor_descriptor(dq, [rows, K], [row_dk, 1], [BT, BK]) if TMA else dq
+    s_dk = tl.make_tensor_descriptor(dk, [rows, K], [row_dk, 1], [BT, BK]) if TMA else dk
+    s_dv = tl.make_tensor_descriptor(dv, [rows, V], [row_dv, 1], [BT, BV]) if TMA else dv
     if TMA:
-        d_s = tl.make_tensor_descriptor(states, [n_chunks * K, V], [V, 1], [BK, BV])
+        d_s = tl.make_tensor_descriptor(states, [n_kept * K, V], [V, 1], [BK, BV])
     if not LOWRANK:
-        s_g = tl.make_tensor_descriptor(g, [T, K], [row_g, 1], [BT, BK]) if TMA else g
-        s_dg = tl.make_tensor_descriptor(dg, [T, K], [row_dk, 1], [BT, BK]) if TMA else dg
+        s_g = tl.make_tensor_descriptor(g, [rows, K], [row_g, 1], [BT, BK]) if TMA else g
+        s_dg = tl.make_tensor_descriptor(dg, [rows, K], [row_dk, 1], [BT, BK]) if TMA else dg
 
-    dht += i_bh.to(tl.int64) * K * V
+    # What enters at the segment's end. Heads that share a state take its gradient once.
+    ends += ((i_b * H + i_h) * n_seg + slot) * (K * V)
+    end = dht + (i_n * HS + i_hs) * (K * V)
+    has_end = tl.where(i_h % s_group == 0, has_dht, 0)
+    if not is_last:
+        end = ends
+        has_end = tl.where(t_begin < t_end, 1, 0)
     b_ds = tl.zeros([BK, BV], dtype=tl.float32)
     if TMA:
         # Pointers would stay alive in registers for the whole loop.
-        if has_dht != 0:
-            b_ds = tl.make_tensor_descriptor(dht, [K, V], [V, 1], [BK, BV]).load([k0, v0])
+        if has_end != 0:
+            b_ds = tl.make_tensor_descriptor(end, [K, V], [V, 1], [BK, BV]).load([k0, v0])
     else:
         p_state = o_k[:, None] * V + o_v[None, :]
         m_state = m_k[:, None] & m_v[None, :]
-        b_ds = tl.load(dht + p_state, mask=m_state & (has_dht != 0), other=0.0)
+        b_ds = tl.load(end + p_state, mask=m_state & (has_end != 0), other=0.0)
 
     worst = tl.zeros([BK], dtype=tl.float32)
     for i in tl.range(0, n_chunks, num_stages=STAGES):
         i_c = n_chunks - 1 - i
         t = t_begin + i_c * BT
-        m_t = t + row < T
+        m_t = t + row < n_tok
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         # All loads first: with those of q and do further down, the loop spilled 200 bytes.
@@ -285,12 +315,17 @@ def gla_bwd(
         b_ds = tl.dot(qh, b_do, b_ds, input_precision=PRECISION)
 
     if LOWRANK:
-        tl.store(dw + p_w, b_dw, mask=m_w)
+        tl.store(dw + p_dw, b_dw, mask=m_w)
         tl.store(db + i_h * K + o_k, b_db, mask=m_k)
-    dh0 += i_bh.to(tl.int64) * K * V
+    # What leaves at its start: to the caller, or to the end of the segment before.
+    start = dh0 + (i_n * H + i_h) * (K * V)
+    has_start = has_dh0
+    if not is_first:
+        start = ends - K * V
+        has_start = chain
     # Not through a descriptor, whose copy of the tile would need shared memory of its own.
     p_out = o_k[:, None] * V + o_v[None, :]
-    tl.store(dh0 + p_out, b_ds, mask=m_k[:, None] & m_v[None, :] & (has_dh0 != 0))
+    tl.store(start + p_out, b_ds, mask=m_k[:, None] & m_v[None, :] & (has_start != 0))
     # Written so that a NaN counts as out of range.
     bad = tl.where(tl.min(worst, 0) >= -START_RANGE_LOG2, 0, 1)
     tl.store(flags + pid, bad)

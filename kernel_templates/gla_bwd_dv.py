@@ -13,10 +13,14 @@ nothing is left to be summed. Range test and second pass as in ``gla_fwd``.
 | x      | [B, T, R]    | io         | any b, t stride in units of UR (low rank)     |
 | w      | [H*K, R]     | io         | contiguous                                    |
 | bias   | [H*K]        | io or fp32 | contiguous, absent when has_bias == 0         |
-| dht    | [B, H, K, V] | fp32       | contiguous, absent when has_dht == 0          |
+| cu     | [N + 1]      | int32      | boundaries of a packed batch, see ``_place``  |
+| dht    | [N, HS, K, V] | fp32      | contiguous, absent when has_dht == 0          |
+| ends   | [B, H, S, K, V] | fp32    | contiguous, dS at the end of each segment but the last |
 | dv     | [B, T, H, V] | io         | contiguous                                    |
 
-Grid: x = V tiles (fastest) x B*H.
+Heads and groups are those of ``gla_fwd``; dv is per head of the output.
+
+Grid: x = V tiles (fastest) x S segments x B*H.
 """
 
 import triton
@@ -32,8 +36,9 @@ from glac.kernel_templates._bwd import (
     triangles,
 )
 from glac.kernel_templates._exact import START_RANGE_LOG2, exact_scores
-from glac.kernel_templates._exact import _steps as gate_steps
+from glac.kernel_templates._exact import gate_steps
 from glac.kernel_templates._gate import LOG2E, operand
+from glac.kernel_templates._place import place
 
 
 @triton.jit
@@ -45,13 +50,22 @@ def gla_bwd_dv(
     w,  # [H*K, R]
     bias,  # [H*K]
     do,  # [B, T, H, V]
-    dht,  # [B, H, K, V]
+    cu,  # [N + 1]
+    dht,  # [N, HS, K, V]
+    ends,  # [B, H, S, K, V]
     dv,  # [B, T, H, V]
     scale,
     inv_normalizer,
     clamp_log2,
     T,
+    N,
     H,
+    n_seg,
+    seg_len,
+    q_group,
+    k_group,
+    s_group,
+    has_cu,
     has_dht,
     has_bias,
     q_b,
@@ -91,9 +105,10 @@ def gla_bwd_dv(
 
     pid = tl.program_id(0)
     i_v = pid % NV
-    i_bh = pid // NV
-    i_b = (i_bh // H).to(tl.int64)
-    i_h = i_bh % H
+    i_b, i_n, i_h, slot, bos, n_tok, t_begin, t_end, _is_first, is_last = place(
+        pid // NV, cu, T, N, H, 0, n_seg, seg_len, has_cu
+    )
+    i_hs = i_h // s_group
 
     row = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -103,10 +118,10 @@ def gla_bwd_dv(
     m_v = o_v < V
     m_low = row[:, None] >= row[None, :]
 
-    q += (i_b * q_b + i_h.to(tl.int64) * q_h) * UK
-    k += (i_b * k_b + i_h.to(tl.int64) * k_h) * UK
-    do += (i_b * do_b + i_h.to(tl.int64) * do_h) * UV
-    dv += (i_b * T * H + i_h) * V
+    q += (i_b * q_b + bos * q_t + (i_h // q_group).to(tl.int64) * q_h) * UK
+    k += (i_b * k_b + bos * k_t + (i_h // k_group).to(tl.int64) * k_h) * UK
+    do += (i_b * do_b + bos * do_t + i_h.to(tl.int64) * do_h) * UV
+    dv += ((i_b * T + bos) * H + i_h) * V
     row_q = q_t.to(tl.int64) * UK
     row_k = k_t.to(tl.int64) * UK
     row_do = do_t.to(tl.int64) * UV
@@ -116,36 +131,41 @@ def gla_bwd_dv(
     if LOWRANK:
         o_r = tl.arange(0, BR)
         m_r = o_r < R
-        x += i_b * x_b * UR
+        x += (i_b * x_b + bos * x_t) * UR
         row_x = x_t.to(tl.int64) * UR
-        p_w = (i_h * K + o_k)[:, None] * R + o_r[None, :]
+        p_w = (i_hs * K + o_k)[:, None] * R + o_r[None, :]
         b_w = tl.load(w + p_w, mask=m_k[:, None] & m_r[None, :], other=0.0)  # [BK, BR]
-        b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
+        b_bias = tl.load(bias + i_hs * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
         b_bias = b_bias.to(tl.float32) * LOG2E
         SUMMAND: tl.constexpr = tl.float16 if BF16 else tl.float32
     else:
-        g += (i_b * g_b + i_h.to(tl.int64) * g_h) * UK
+        g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
         row_g = g_t.to(tl.int64) * UK
         GATE: tl.constexpr = g.dtype.element_ty
         SUMMAND: tl.constexpr = tl.bfloat16 if BF16 and GATE == tl.float32 else GATE
     upper, _lower = triangles(BT, SUMMAND, BF16)
 
-    s_q = tl.make_tensor_descriptor(q, [T, K], [row_q, 1], [BT, BK]) if TMA else q
-    s_k = tl.make_tensor_descriptor(k, [T, K], [row_k, 1], [BT, BK]) if TMA else k
-    s_do = tl.make_tensor_descriptor(do, [T, V], [row_do, 1], [BT, BV]) if TMA else do
-    s_dv = tl.make_tensor_descriptor(dv, [T, V], [row_dv, 1], [BT, BV]) if TMA else dv
+    rows = tl.maximum(n_tok, 1)
+    s_q = tl.make_tensor_descriptor(q, [rows, K], [row_q, 1], [BT, BK]) if TMA else q
+    s_k = tl.make_tensor_descriptor(k, [rows, K], [row_k, 1], [BT, BK]) if TMA else k
+    s_do = tl.make_tensor_descriptor(do, [rows, V], [row_do, 1], [BT, BV]) if TMA else do
+    s_dv = tl.make_tensor_descriptor(dv, [rows, V], [row_dv, 1], [BT, BV]) if TMA else dv
     if not LOWRANK:
-        s_g = tl.make_tensor_descriptor(g, [T, K], [row_g, 1], [BT, BK]) if TMA else g
-    dht += i_bh.to(tl.int64) * K * V
+        s_g = tl.make_tensor_descriptor(g, [rows, K], [row_g, 1], [BT, BK]) if TMA else g
+    end = dht + (i_n * (H // s_group) + i_hs) * (K * V)
+    has_end = tl.where(i_h % s_group == 0, has_dht, 0)
+    if not is_last:
+        end = ends + ((i_b * H + i_h) * n_seg + slot) * (K * V)
+        has_end = tl.where(t_begin < t_end, 1, 0)
     p_state = o_k[:, None] * V + o_v[None, :]
-    m_state = m_k[:, None] & m_v[None, :] & (has_dht != 0)
-    b_ds = tl.load(dht + p_state, mask=m_state, other=0.0)  # [BK, BV]
+    m_state = m_k[:, None] & m_v[None, :] & (has_end != 0)
+    b_ds = tl.load(end + p_state, mask=m_state, other=0.0)  # [BK, BV]
 
-    n_chunks = tl.cdiv(T, BT)
+    n_chunks = tl.cdiv(t_end - t_begin, BT)
     worst = tl.zeros([BK], dtype=tl.float32)
     for i in tl.range(0, n_chunks, num_stages=STAGES):
-        t = (n_chunks - 1 - i) * BT
-        m_t = t + row < T
+        t = t_begin + (n_chunks - 1 - i) * BT
+        m_t = t + row < n_tok
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         if LOWRANK:
@@ -177,18 +197,18 @@ def gla_bwd_dv(
     # Written so that a NaN counts as out of range.
     if not (tl.min(worst, 0) >= -START_RANGE_LOG2):
         if TMA:
-            await_descriptor_stores(T, INTERPRETED)
+            await_descriptor_stores(t_begin, INTERPRETED)
         ro = tl.arange(0, BX)
         w_rows = tl.trans(b_w) if LOWRANK else b_w  # as gate_steps takes it
-        b_ds = tl.load(dht + p_state, mask=m_state, other=0.0)
-        n_blocks = tl.cdiv(T, BX)
+        b_ds = tl.load(end + p_state, mask=m_state, other=0.0)
+        n_blocks = tl.cdiv(t_end - t_begin, BX)
         for i in tl.range(0, n_blocks, num_stages=1):
-            t = (n_blocks - 1 - i) * BX
+            t = t_begin + (n_blocks - 1 - i) * BX
             t_row = t + ro
-            m_t = t_row < T
+            m_t = t_row < n_tok
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
-            m_after = (ro < BX - 1) & (t_row + 1 < T)
+            m_after = (ro < BX - 1) & (t_row + 1 < n_tok)
             b_step = gate_steps(
                 g, x, w_rows, b_bias, inv_normalizer, clamp_log2, t_row, m_t,
                 g_t, x_t, o_k, m_k, R, BR, UK, UR, LOWRANK, BF16, PRECISION,

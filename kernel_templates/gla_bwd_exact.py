@@ -25,6 +25,7 @@ import triton.language as tl
 from glac.kernel_templates._bwd import load_rows, logsigmoid_gate, store_rows
 from glac.kernel_templates._exact import MIDPOINT_RANGE_LOG2
 from glac.kernel_templates._gate import LOG2E, STEP_MIN_LOG2, operand
+from glac.kernel_templates._place import place
 
 
 @triton.jit
@@ -103,25 +104,38 @@ def gla_bwd_exact(
     w,  # [H*K, R]
     bias,  # [H*K]
     do,  # [B, T, H, V]
-    states,  # [B, H, N, K, V]
-    dht,  # [B, H, K, V]
+    cu,  # [N + 1]
+    states,  # [B, HS, C, N_KEPT, K, V]
+    dht,  # [N, HS, K, V]
+    ends,  # [B, H, S, K, V]
     dq,  # [NV, B, T, H, K]
     dk,  # [NV, B, T, H, K]
     dv,  # [B, T, H, V]
     dg,  # [NV, B, T, H, K]
-    dx,  # [NV, B, H*NK, T, R]
-    dw,  # [NV, B, H*K, R]
-    db,  # [NV, B, H*K]
-    dh0,  # [B, H, K, V]
-    flags,  # [B, H, NK, NV]
+    dx,  # [NV, B, H*NK, TX, R]
+    dw,  # [NV, B, S, H*K, R]
+    db,  # [NV, B, S, H*K]
+    dh0,  # [N, H, K, V]
+    flags,  # [grid]
     scale,
     inv_normalizer,
     clamp_log2,
     T,
     B,
+    N,
     H,
-    t_begin,
-    t_end,
+    n_seg,
+    seg_first,
+    seg_count,
+    seg_len,
+    n_kept,
+    dx_first,
+    dx_tokens,
+    q_group,
+    k_group,
+    s_group,
+    chain,
+    has_cu,
     has_dht,
     has_dh0,
     has_bias,
@@ -168,9 +182,11 @@ def gla_bwd_exact(
         return
     i_v = pid % NV
     i_k = (pid // NV) % NK
-    i_bh = pid // (NV * NK)
-    i_b = (i_bh // H).to(tl.int64)
-    i_h = i_bh % H
+    i_b, i_n, i_h, slot, bos, n_tok, t_begin, t_end, is_first, is_last = place(
+        pid // (NV * NK), cu, T, N, H, seg_first, seg_count, seg_len, has_cu
+    )
+    i_hs = i_h // s_group
+    HS = H // s_group
 
     row = tl.arange(0, BX)
     k0 = i_k * BK
@@ -182,18 +198,18 @@ def gla_bwd_exact(
     m_low = row[:, None] >= row[None, :]
     strict = (row[:, None] > row[None, :]).to(tl.float32)
 
-    q += (i_b * q_b + i_h.to(tl.int64) * q_h) * UK
-    k += (i_b * k_b + i_h.to(tl.int64) * k_h) * UK
-    v += (i_b * v_b + i_h.to(tl.int64) * v_h) * UV
-    do += (i_b * do_b + i_h.to(tl.int64) * do_h) * UV
+    q += (i_b * q_b + bos * q_t + (i_h // q_group).to(tl.int64) * q_h) * UK
+    k += (i_b * k_b + bos * k_t + (i_h // k_group).to(tl.int64) * k_h) * UK
+    v += (i_b * v_b + bos * v_t + i_hs.to(tl.int64) * v_h) * UV
+    do += (i_b * do_b + bos * do_t + i_h.to(tl.int64) * do_h) * UV
     row_q = q_t.to(tl.int64) * UK
     row_k = k_t.to(tl.int64) * UK
     row_v = v_t.to(tl.int64) * UV
     row_do = do_t.to(tl.int64) * UV
-    out = ((i_v.to(tl.int64) * B + i_b) * T * H + i_h) * K
+    out = (((i_v.to(tl.int64) * B + i_b) * T + bos) * H + i_h) * K
     dq += out
     dk += out
-    dv += (i_b * T * H + i_h) * V
+    dv += ((i_b * T + bos) * H + i_h) * V
     row_dk = H.to(tl.int64) * K
     row_dv = H.to(tl.int64) * V
     b_w = 0.0
@@ -203,29 +219,36 @@ def gla_bwd_exact(
     if LOWRANK:
         o_r = tl.arange(0, BR)
         m_r = o_r < R
-        x += i_b * x_b * UR
+        x += (i_b * x_b + bos * x_t) * UR
         row_x = x_t.to(tl.int64) * UR
-        p_w = (i_h * K + o_k)[:, None] * R + o_r[None, :]
+        p_w = (i_hs * K + o_k)[:, None] * R + o_r[None, :]
+        p_dw = (i_h * K + o_k)[:, None] * R + o_r[None, :]
         m_w = m_k[:, None] & m_r[None, :]
         b_w = tl.load(w + p_w, mask=m_w, other=0.0)  # [BK, BR]
-        b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
+        b_bias = tl.load(bias + i_hs * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
         b_bias = b_bias.to(tl.float32) * LOG2E
-        dx += (((i_v * B + i_b) * H + i_h) * NK + i_k) * T * R
-        dw += (i_v * B + i_b) * H * K * R
-        db += (i_v * B + i_b) * H * K
+        dx += ((((i_v * B + i_b) * H + i_h) * NK + i_k) * dx_tokens + bos - dx_first) * R
+        dw += ((i_v * B + i_b) * n_seg + slot) * H * K * R
+        db += ((i_v * B + i_b) * n_seg + slot) * H * K
         b_dw = tl.zeros([BK, BR], dtype=tl.float32)
         b_db = tl.zeros([BK], dtype=tl.float32)
     else:
-        g += (i_b * g_b + i_h.to(tl.int64) * g_h) * UK
+        g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
         row_g = g_t.to(tl.int64) * UK
         dg += out
 
     n_chunks = tl.cdiv(t_end - t_begin, BT)
-    states += i_bh.to(tl.int64) * n_chunks * (K * V)
+    states += ((i_b * HS + i_hs) * seg_count + slot - seg_first) * n_kept * (K * V)
     p_state = o_k[:, None] * V + o_v[None, :]
     m_state = m_k[:, None] & m_v[None, :]
-    dht += i_bh.to(tl.int64) * K * V
-    b_ds = tl.load(dht + p_state, mask=m_state & (has_dht != 0), other=0.0)  # [BK, BV]
+    # What enters at the segment's end. Heads that share a state take its gradient once.
+    ends += ((i_b * H + i_h) * n_seg + slot) * (K * V)
+    end = dht + (i_n * HS + i_hs) * (K * V)
+    has_end = tl.where(i_h % s_group == 0, has_dht, 0)
+    if not is_last:
+        end = ends
+        has_end = tl.where(t_begin < t_end, 1, 0)
+    b_ds = tl.load(end + p_state, mask=m_state & (has_end != 0), other=0.0)  # [BK, BV]
 
     for i in tl.range(0, n_chunks * BLOCKS, num_stages=1):
         i_c = n_chunks - 1 - i // BLOCKS
@@ -234,8 +257,8 @@ def gla_bwd_exact(
         b_s = tl.load(p_s, mask=m_state, other=0.0).to(tl.float32)  # [BK, BV]
         for j in tl.range(0, blocks_before, num_stages=1):
             t = t_begin + i_c * BT + j * BX
-            m_t = t + row < T
-            m_after = (row < BX - 1) & (t + 1 + row < T)
+            m_t = t + row < n_tok
+            m_after = (row < BX - 1) & (t + 1 + row < n_tok)
             b_step, _, _ = _gate_rows(
                 g, x, b_w, b_bias, inv_normalizer, clamp_log2, t, m_t, row_g, row_x, o_k, m_k,
                 R, BR, BX, LOWRANK, BF16, PRECISION,
@@ -251,10 +274,10 @@ def gla_bwd_exact(
             b_s = tl.dot(tl.trans(kh), operand(b_v, IO), b_s, input_precision=PRECISION)
 
         t = t_begin + i_c * BT + blocks_before * BX
-        m_t = t + row < T
+        m_t = t + row < n_tok
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        m_after = (row < BX - 1) & (t + 1 + row < T)
+        m_after = (row < BX - 1) & (t + 1 + row < n_tok)
         b_step, slope, b_x = _gate_rows(
             g, x, b_w, b_bias, inv_normalizer, clamp_log2, t, m_t, row_g, row_x, o_k, m_k,
             R, BR, BX, LOWRANK, BF16, PRECISION,
@@ -289,7 +312,7 @@ def gla_bwd_exact(
             b_dw = tl.dot(tl.trans(b_dz), operand(b_x, IO), b_dw, input_precision=PRECISION)
             # A product of [BX, BR] would be repeated by every warp, for 1900 bytes of spills.
             for r in range(R):
-                w_r = tl.load(w + (i_h * K + o_k) * R + r, mask=m_k, other=0.0).to(tl.float32)
+                w_r = tl.load(w + (i_hs * K + o_k) * R + r, mask=m_k, other=0.0).to(tl.float32)
                 b_dx = tl.sum(b_dz.to(tl.float32) * w_r[None, :], 1)  # [BX]
                 tl.store(dx + (t + row).to(tl.int64) * R + r, b_dx, mask=m_t)
         else:
@@ -306,7 +329,11 @@ def gla_bwd_exact(
         b_ds = tl.dot(tl.trans(qh), b_do, b_ds, input_precision=PRECISION)
 
     if LOWRANK:
-        tl.store(dw + p_w, b_dw, mask=m_w)
+        tl.store(dw + p_dw, b_dw, mask=m_w)
         tl.store(db + i_h * K + o_k, b_db, mask=m_k)
-    dh0 += i_bh.to(tl.int64) * K * V
-    tl.store(dh0 + p_state, b_ds, mask=m_state & (has_dh0 != 0))
+    start = dh0 + (i_n * H + i_h) * (K * V)
+    has_start = has_dh0
+    if not is_first:
+        start = ends - K * V
+        has_start = chain
+    tl.store(start + p_state, b_ds, mask=m_state & (has_start != 0))

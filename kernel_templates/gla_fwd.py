@@ -22,8 +22,13 @@ one [BK] minimum per chunk, and there is no branch in the loop (a branch there c
 | w      | [H*K, R]           | io               | contiguous                                    |
 | bias   | [H*K]              | io or fp32       | contiguous, absent when has_bias == 0         |
 | o      | [B, T, H, V]       | io               | contiguous                                    |
-| h0     | [B, H, S, K, V]    | fp32             | contiguous, state at each segment's start     |
-| ht     | [B, H, K, V]       | fp32             | contiguous, state after the last token        |
+| cu     | [N + 1]            | int32            | boundaries of a packed batch, see ``_place``  |
+| h0     | [N, HS, K, V]      | fp32             | contiguous, absent when has_h0 == 0           |
+| starts | [B, HS, S, K, V]   | fp32             | contiguous, state before each segment but the first |
+| ht     | [N, HS, K, V]      | fp32             | contiguous, absent when has_ht == 0           |
+
+H counts heads of the output. Head i reads q of head i // q_group, k of i // k_group, and v, gate
+and state of i // s_group, of which there are HS = H / s_group. N = B in a dense batch.
 
 Grid: x = V tiles (fastest, they share q, k and g in L2) x S segments x B*H.
 """
@@ -33,6 +38,7 @@ import triton.language as tl
 
 from glac.kernel_templates._exact import START_RANGE_LOG2, exact_segment, exact_segment_called
 from glac.kernel_templates._gate import LOG2E, cumulative_log2, lowrank_gate_log2, operand
+from glac.kernel_templates._place import place
 
 CALLED_TILE = tl.constexpr(128 * 128)
 """State tiles from here on call the exact pass, smaller ones inline it (see ``_exact``)."""
@@ -48,15 +54,22 @@ def gla_fwd(
     w,  # [H*K, R]
     bias,  # [H*K]
     o,  # [B, T, H, V]
-    h0,  # [B, H, S, K, V]
-    ht,  # [B, H, K, V]
+    cu,  # [N + 1]
+    h0,  # [N, HS, K, V]
+    starts,  # [B, HS, S, K, V]
+    ht,  # [N, HS, K, V]
     scale,
     inv_normalizer,
     clamp_log2,
     T,
+    N,
     H,
     n_seg,
     seg_len,
+    q_group,
+    k_group,
+    s_group,
+    has_cu,
     has_h0,
     has_ht,
     has_bias,
@@ -97,10 +110,11 @@ def gla_fwd(
 
     pid = tl.program_id(0)
     i_v = pid % NV
-    i_s = (pid // NV) % n_seg
-    i_bh = pid // (NV * n_seg)
-    i_b = (i_bh // H).to(tl.int64)
-    i_h = i_bh % H
+    i_b, i_n, i_h, slot, bos, n_tok, t_begin, t_end, is_first, is_last = place(
+        pid // NV, cu, T, N, H, 0, n_seg, seg_len, has_cu
+    )
+    i_hs = i_h // s_group
+    HS = H // s_group
 
     row = tl.arange(0, BT)
     o_k = tl.arange(0, BK)
@@ -109,10 +123,10 @@ def gla_fwd(
     m_v = o_v < V
     m_tri = row[:, None] >= row[None, :]
 
-    q += (i_b * q_b + i_h.to(tl.int64) * q_h) * UK
-    k += (i_b * k_b + i_h.to(tl.int64) * k_h) * UK
-    v += (i_b * v_b + i_h.to(tl.int64) * v_h) * UV
-    o += (i_b * T * H + i_h) * V
+    q += (i_b * q_b + bos * q_t + (i_h // q_group).to(tl.int64) * q_h) * UK
+    k += (i_b * k_b + bos * k_t + (i_h // k_group).to(tl.int64) * k_h) * UK
+    v += (i_b * v_b + bos * v_t + i_hs.to(tl.int64) * v_h) * UV
+    o += ((i_b * T + bos) * H + i_h) * V
     row_q = q_t.to(tl.int64) * UK
     row_k = k_t.to(tl.int64) * UK
     row_v = v_t.to(tl.int64) * UV
@@ -120,35 +134,38 @@ def gla_fwd(
     if LOWRANK:
         o_r = tl.arange(0, BR)
         m_r = o_r < R
-        x += i_b * x_b * UR
+        x += (i_b * x_b + bos * x_t) * UR
         row_x = x_t.to(tl.int64) * UR
-        p_w = (i_h * K + o_k)[None, :] * R + o_r[:, None]
+        p_w = (i_hs * K + o_k)[None, :] * R + o_r[:, None]
         b_w = tl.load(w + p_w, mask=m_k[None, :] & m_r[:, None], other=0.0)  # [BR, BK]
-        b_bias = tl.load(bias + i_h * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
+        b_bias = tl.load(bias + i_hs * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
         b_bias = b_bias.to(tl.float32) * LOG2E
     else:
-        g += (i_b * g_b + i_h.to(tl.int64) * g_h) * UK
+        g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
         row_g = g_t.to(tl.int64) * UK
 
-    t_begin = i_s * seg_len
-    t_end = tl.minimum(t_begin + seg_len, T)
     if TMA:
-        d_q = tl.make_tensor_descriptor(q, [T, K], [row_q, 1], [BT, BK])
-        d_k = tl.make_tensor_descriptor(k, [T, K], [row_k, 1], [BT, BK])
-        d_v = tl.make_tensor_descriptor(v, [T, V], [row_v, 1], [BT, BV])
-        d_o = tl.make_tensor_descriptor(o, [T, V], [row_o, 1], [BT, BV])
+        rows = tl.maximum(n_tok, 1)
+        d_q = tl.make_tensor_descriptor(q, [rows, K], [row_q, 1], [BT, BK])
+        d_k = tl.make_tensor_descriptor(k, [rows, K], [row_k, 1], [BT, BK])
+        d_v = tl.make_tensor_descriptor(v, [rows, V], [row_v, 1], [BT, BV])
+        d_o = tl.make_tensor_descriptor(o, [rows, V], [row_o, 1], [BT, BV])
         if not LOWRANK:
-            d_g = tl.make_tensor_descriptor(g, [T, K], [row_g, 1], [BT, BK])
+            d_g = tl.make_tensor_descriptor(g, [rows, K], [row_g, 1], [BT, BK])
 
     p_state = o_k[:, None] * V + o_v[None, :]
     m_state = m_k[:, None] & m_v[None, :]
-    h0 += (i_bh * n_seg + i_s).to(tl.int64) * K * V
-    b_s = tl.load(h0 + p_state, mask=m_state & (has_h0 != 0), other=0.0)  # [BK, BV]
+    start = h0 + (i_n * HS + i_hs) * (K * V)
+    has_start = has_h0
+    if not is_first:
+        start = starts + ((i_b * HS + i_hs) * n_seg + slot) * (K * V)
+        has_start = tl.where(t_begin < t_end, 1, 0)
+    b_s = tl.load(start + p_state, mask=m_state & (has_start != 0), other=0.0)  # [BK, BV]
 
     worst = tl.zeros([BK], dtype=tl.float32)
     m_cum = m_tri
     for t in tl.range(t_begin, t_end, BT, num_stages=STAGES):
-        m_t = t + row < T
+        m_t = t + row < n_tok
         m_tk = m_t[:, None] & m_k[None, :] if BK != K else m_t[:, None]
         m_tv = m_t[:, None] & m_v[None, :] if V % BV != 0 else m_t[:, None]
         if LOWRANK:
@@ -195,8 +212,9 @@ def gla_fwd(
             p_o = row[:, None] * (H * V) + o_v[None, :]
             tl.store(o + t * row_o + p_o, b_o.to(IO), mask=m_tv)
 
-    ht += i_bh.to(tl.int64) * K * V
-    is_last = i_s == n_seg - 1
+    ht += (i_n * HS + i_hs) * (K * V)
+    # Heads that share a state write it once.
+    keep = (has_ht != 0) & is_last & (i_h % s_group == 0)
     # Written so that a NaN counts as out of range.
     if not (tl.min(worst, 0) >= -START_RANGE_LOG2):
         if TMA and not INTERPRETED:
@@ -211,20 +229,19 @@ def gla_fwd(
                 pack=1,
             )
             tl.debug_barrier()
-        keep = has_ht * is_last.to(tl.int32)
         if BK * BV >= CALLED_TILE:
             exact_segment_called(
-                q, k, v, g, x, w, bias, o, h0, ht, h0, scale, inv_normalizer, clamp_log2,
-                T, t_begin, t_end, i_h, i_v, has_h0, keep, has_bias,
+                q, k, v, g, x, w, bias, o, start, ht, scale, inv_normalizer, clamp_log2,
+                n_tok, t_begin, t_end, i_hs, i_v, has_start, keep.to(tl.int32), has_bias,
                 q_t, k_t, v_t, g_t, x_t, H * V,
-                K, V, R, BK, BR, UK, UV, UR, BV, BX, True, LOWRANK, BF16, PRECISION,
+                K, V, R, BK, BR, UK, UV, UR, BV, BX, LOWRANK, BF16, PRECISION,
             )  # fmt: skip
         else:
             exact_segment(
-                q, k, v, g, x, w, bias, o, h0, ht, h0, scale, inv_normalizer, clamp_log2,
-                T, t_begin, t_end, i_h, i_v, has_h0, keep, has_bias,
+                q, k, v, g, x, w, bias, o, start, ht, scale, inv_normalizer, clamp_log2,
+                n_tok, t_begin, t_end, i_hs, i_v, has_start, keep.to(tl.int32), has_bias,
                 q_t, k_t, v_t, g_t, x_t, H * V,
-                K, V, R, BK, BR, UK, UV, UR, BV, BX, True, LOWRANK, BF16, PRECISION,
+                K, V, R, BK, BR, UK, UV, UR, BV, BX, LOWRANK, BF16, PRECISION,
             )  # fmt: skip
     else:
-        tl.store(ht + p_state, b_s, mask=m_state & (has_ht != 0) & is_last)
+        tl.store(ht + p_state, b_s, mask=m_state & keep)

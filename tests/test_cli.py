@@ -286,7 +286,7 @@ def test_build_prints_facts_and_a_pack_that_verifies(
     result = glac(*words)
     assert result.exit_code == 0, result.output
     assert "registers" in result.stdout
-    assert "gla_fwd_summary_k16_v16_vector_bf16" in result.stdout
+    assert "gla_states_k16_v16_vector_bf16" in result.stdout
     assert "[1/4]" in result.stderr
     assert glac(*words, "-q").stderr == ""
     (pack,) = document(glac(*words, "--json"))["data"]["packs"]

@@ -27,7 +27,7 @@ from glac.problem import DType, Gate, Specialisation
 
 SPEC = Specialisation(16, 32, DType.BF16, Gate.VECTOR, DType.BF16)
 CONFIG = ChunkKernelConfig(chunk=16, block_v=32, num_warps=2, num_stages=2)
-COMBINE = KernelSpec("gla_fwd_combine", SPEC, CombineKernelConfig(), "sm_90a")
+COMBINE = KernelSpec("gla_combine", SPEC, CombineKernelConfig(), "sm_90a")
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_every_thread_uses_the_pinned_assembler(
 
     monkeypatch.setattr(subprocess, "run", recording)
     kernels = [
-        KernelSpec("gla_fwd_combine", SPEC, CombineKernelConfig(256, warps), arch)
+        KernelSpec("gla_combine", SPEC, CombineKernelConfig(256, warps), arch)
         for warps in (1, 2, 4, 8)
         for arch in ARCHS
     ]
@@ -175,7 +175,7 @@ def test_compiler_that_dies_takes_nothing_along(
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    other = KernelSpec("gla_fwd_combine", SPEC, CombineKernelConfig(256, 2), "sm_90a")
+    other = KernelSpec("gla_combine", SPEC, CombineKernelConfig(256, 2), "sm_90a")
     results = compile_many([COMBINE, other], jobs=1)
     died = results[COMBINE]
     assert isinstance(died, CompileError)

@@ -38,11 +38,11 @@ def _default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def draw(
     gate: Gate, *, dtype: torch.dtype = FP32, T: int = 20, bias: bool = True, state: bool = True
 ) -> Tensors:
-    """q, k, v, the gate's tensors, the initial state."""
+    """q, k, v, the gate's tensors, the initial state, no boundaries."""
     x = make_inputs(2, T, 2, 8, 6, dtype=dtype, gate=gate, rank=8, initial_state=state)
     if gate == "vector":
-        return [x.q, x.k, x.v, x.g, x.initial_state]
-    return [x.q, x.k, x.v, x.x, x.weight, x.bias if bias else None, x.initial_state]
+        return [x.q, x.k, x.v, x.g, x.initial_state, None]
+    return [x.q, x.k, x.v, x.x, x.weight, x.bias if bias else None, x.initial_state, None]
 
 
 def as_leaves(tensors: Tensors) -> Tensors:
@@ -55,9 +55,10 @@ def present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 
 def public(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     """The public operation with its final state."""
-    *inputs, initial_state = tensors
+    *inputs, initial_state, cu = tensors
     run: Any = chunk_gla if len(inputs) == 4 else chunk_gla_lowrank
-    o, state = run(*inputs, initial_state=initial_state, output_final_state=True, **options)
+    options = {"initial_state": initial_state, "cu_seqlens": cu, **options}
+    o, state = run(*inputs, output_final_state=True, **options)
     return o, state
 
 
@@ -111,8 +112,8 @@ def test_absent_results_are_empty(gate: Gate) -> None:
     o, state = forward(*inputs, *NUMBERS[gate], SCALE, False, CHUNK)
     assert (state.shape, state.dtype) == ((0,), FP32)
     grads = backward(*inputs, o, None, *NUMBERS[gate], SCALE, CHUNK)
-    assert len(grads) == len(inputs)
-    for grad, tensor in zip(grads, inputs, strict=True):
+    assert len(grads) == len(inputs) - 1  # boundaries have none
+    for grad, tensor in zip(grads, inputs, strict=False):
         assert grad.shape == ((0,) if tensor is None else tensor.shape)
 
 
@@ -149,18 +150,18 @@ def test_operators_are_differentiable_once(gate: Gate, which: int) -> None:
 
 
 def test_operators_check_their_arguments() -> None:
-    q, k, v, g, _ = draw("vector")
+    q, k, v, g, *_ = draw("vector")
     assert g is not None
     with pytest.raises(InputError, match="g must be"):
-        ops.chunk_gla_fwd(q, k, v, g[:, :5], None, SCALE, False, CHUNK)
+        ops.chunk_gla_fwd(q, k, v, g[:, :5], None, None, SCALE, False, CHUNK)
 
 
 def test_checked_mode_reaches_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLAC_CHECKED", "1")
-    q, k, v, g, _ = draw("vector")
+    q, k, v, g, *_ = draw("vector")
     assert g is not None
     with pytest.raises(InputError, match="g must be <= 0"):
-        ops.chunk_gla_fwd(q, k, v, g.abs(), None, SCALE, False, CHUNK)
+        ops.chunk_gla_fwd(q, k, v, g.abs(), None, None, SCALE, False, CHUNK)
 
 
 # --- what sees a call before it runs ----------------------------------------------------------

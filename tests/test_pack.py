@@ -130,7 +130,7 @@ def test_unwritable_place(tmp_path: Path) -> None:
 def test_rows_without_their_kernel_are_not_written(tmp_path: Path) -> None:
     row = PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), SPLIT)
     kernels = config_kernels(VECTOR, WHOLE, "sm_90a")
-    with pytest.raises(PackError, match=r"rows\[0\].kernels.gla_fwd_summary: no kernel"):
+    with pytest.raises(PackError, match=r"rows\[0\].kernels.gla_states: no kernel"):
         write_pack(tmp_path / "p", "sm_90a", map(fake_compiled, kernels), [row], FAKE_TOOLS)
     assert not any(tmp_path.iterdir())
 

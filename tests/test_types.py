@@ -35,6 +35,7 @@ from glac.configs import (
     default_config,
     is_legal,
     lesser_choices,
+    segmentation,
     why_illegal,
 )
 from glac.errors import ConfigError
@@ -50,7 +51,7 @@ from glac.templates import (
     sources_sha256,
     state_dtype,
     stride_unit,
-    template_op,
+    template_ops,
     templates_sha256,
     tiles,
 )
@@ -165,7 +166,7 @@ def test_from_dict_is_strict(case: tuple[Any, Any], data: st.DataObject) -> None
     "change",
     [
         {"K": 0},
-        {"K": 257},
+        {"K": 513},
         {"V": 0},
         {"V": 513},
         {"gate_dtype": "fp16"},
@@ -245,7 +246,7 @@ def test_names_are_stable() -> None:
 def test_combine_kernel_is_shared_by_all_inputs() -> None:
     config = CombineKernelConfig()
     lowrank = Specialisation(128, 128, DType.FP16, Gate.LOWRANK, DType.FP32, 64)
-    one, other = (KernelSpec("gla_fwd_combine", s, config, "sm_80") for s in (SPEC, lowrank))
+    one, other = (KernelSpec("gla_combine", s, config, "sm_80") for s in (SPEC, lowrank))
     assert one == other
 
 
@@ -385,13 +386,15 @@ def test_lesser_choices() -> None:
 
 @hypothesis.given(FORWARD_CONFIGS, st.integers(1, 10**6))
 def test_segments_cover_the_sequence(config: ForwardConfig, T: int) -> None:
-    count, length = config.segmentation(T)
+    count, length = segmentation(config.segment, T)
     assert 1 <= count <= MAX_SEGMENTS
     assert count == config.segments(T)
     assert (count - 1) * length < T <= count * length
-    if config.segment:
+    if count > 1:
         assert length % config.segment == 0
         assert length == config.segment or MAX_SEGMENTS * config.segment < T
+    else:
+        assert config.segment == 0 or config.segment >= T
     assert len(config.kernels()) == (3 if config.segment else 1)
 
 
@@ -447,12 +450,12 @@ def test_abi(name: str, spec: Specialisation, data: st.DataObject) -> None:
 def test_tiles_cover_what_a_kernel_computes() -> None:
     spec = replace(SPEC, K=100, V=72)
     assert tiles("gla_fwd", spec, _chunk(block_v=32)) == 3
-    assert tiles("gla_bwd_states", spec, _chunk(block_v=64)) == 2
+    assert tiles("gla_states", spec, _chunk(block_v=64)) == 2
     assert tiles("gla_bwd", spec, _tile(block_k=64, block_v=32)) == 2 * 3
     assert tiles("gla_bwd_exact", spec, ExactKernelConfig(16, 32, 64, 4)) == 4 * 2
     assert tiles("gla_bwd_dv", spec, _chunk(block_v=64)) == 2
     assert constants("gla_bwd", spec, _tile(block_k=64))["BK"] == 64
-    assert constants("gla_bwd_states", spec, _chunk())["BK"] == 128
+    assert constants("gla_states", spec, _chunk())["BK"] == 128
 
 
 def test_kept_states_are_as_wide_as_they_need() -> None:
@@ -463,12 +466,12 @@ def test_kept_states_are_as_wide_as_they_need() -> None:
     assert pointer_type("*state", half) == "*fp32"
 
 
-def test_every_template_has_one_op_and_one_config() -> None:
+def test_every_template_serves_an_op_and_has_one_config() -> None:
     assert {name for names in OP_TEMPLATES.values() for name in names} == set(TEMPLATES)
-    assert sum(map(len, OP_TEMPLATES.values())) == len(TEMPLATES)
     assert set(KERNEL_CONFIGS) == set(TEMPLATES)
-    assert template_op("gla_fwd_combine") is Op.FORWARD
-    assert template_op("gla_bwd") is Op.BACKWARD
+    assert template_ops("gla_fwd") == (Op.FORWARD,)
+    assert template_ops("gla_bwd") == (Op.BACKWARD,)
+    assert template_ops("gla_states") == (Op.FORWARD, Op.BACKWARD)
 
 
 @pytest.mark.parametrize("op", list(Op))
@@ -497,7 +500,7 @@ def test_template_sources_are_what_is_imported(
     (tmp_path / "t" / "gla_new.py").write_text("from glac.kernel_templates._gate import LOG2E\n")
     assert sources_sha256(templates.FORWARD) == before
     assert sources_sha256(["gla_new"]) != before
-    for name in ("gla_fwd_summary", "_gate"):
+    for name in ("gla_states", "_gate"):
         path = tmp_path / "t" / f"{name}.py"
         path.write_text(path.read_text() + "# changed\n")
         assert sources_sha256(templates.FORWARD) != before

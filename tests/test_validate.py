@@ -109,6 +109,9 @@ def bad_tensors(operation: str) -> Iterator[Bad]:
                 what = f"{name}-axis-{axis}-of-{wrong_size}"
                 # v is where V comes from.
                 first = "initial_state" if (name, axis) == ("v", 3) else blamed
+                # Heads may differ, as long as they divide: those of k and q are held against v's.
+                if axis == 2 and name in ("q", "k", "v"):
+                    first = "q" if name == "q" else "k"
                 words = (f"{first} must be [", "got")
                 yield Bad(operation, what, changed(name, value), InputError, words)
         wrong_types = [torch.float64, torch.int32, torch.bool, torch.complex64, torch.bfloat16]
@@ -133,7 +136,7 @@ def bad_sizes(operation: str) -> Iterator[Bad]:
         words = (f"{letter} must be at least 1", "got")
         what = f"{letter}=0"
         yield Bad(operation, what, sized(operation, {letter: 0}), InputError, words)
-    for letter, limit in (("K", 256), ("V", 512)):
+    for letter, limit in (("K", 512), ("V", 512)):
         for size in (0, limit + 1, 10 * limit):
             words = (f"{letter} must be in 1..{limit}", f"got {size}")
             make = sized(operation, {letter: size})

@@ -25,7 +25,7 @@ from glac.gpus import ARCHS, GpuSpec
 from glac.kernelspec import KernelSpec, config_kernels
 from glac.pack import Pack, read_pack, write_pack
 from glac.problem import Op, Problem
-from glac.templates import template_op, templates_sha256
+from glac.templates import template_ops, templates_sha256
 from glac.tuning.space import Space
 from glac.tuning.worker import problem_from_dict, problem_to_dict
 
@@ -219,8 +219,11 @@ def _reusable(path: Path, arch: str, toolchain: Mapping[str, str]) -> _Reusable:
     known = {kernel.name for kernel in kernels_of(spaces, arch)}
     kept = {}
     for name, kernel in pack.kernels.items():
-        op = template_op(kernel.kernel.template)
-        if op not in same or pack.templates_sha256[op] != current[op]:
+        # One kernel may serve both ops; what another op was made from does not concern it.
+        if not any(
+            op in same and pack.templates_sha256.get(op) == current[op]
+            for op in template_ops(kernel.kernel.template)
+        ):
             continue
         try:
             cubin = pack.read_cubin(name)

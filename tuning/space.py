@@ -246,7 +246,7 @@ def _quick_forward(legal: Sequence[ForwardConfig], default: ForwardConfig) -> li
 
 
 def _walk_prior(tile: ChunkKernelConfig, spec: Specialisation, gpu: GpuSpec) -> float:
-    """Smaller is more promising for ``gla_bwd_states`` and ``gla_bwd_dv``.
+    """Smaller is more promising for ``gla_states`` and ``gla_bwd_dv``.
 
     Measured on Hopper at K = V = 128: what walks chunks with a tile of [128, 128] and no spills.
     """

@@ -97,8 +97,9 @@ def run_backward_row(
 def windows_of(chunks: int) -> Iterator[None]:
     """Windows of so many chunks, however little memory they would take together."""
 
-    def windows(problem: Problem, chunk: int) -> tuple[int, int]:
-        return math.ceil(problem.T / (chunks * chunk)), chunks * chunk
+    def windows(problem: Problem, config: BackwardConfig) -> tuple[int, int]:
+        length = chunks * config.chunk_step
+        return math.ceil(problem.T / length), length
 
     with mock.patch.object(backward, "windows", windows):
         yield

@@ -292,8 +292,9 @@ class Backward:
 def windows_of(chunks: int) -> AbstractContextManager[object]:
     """Windows of so many chunks, however little memory they would take together."""
 
-    def windows(problem: Problem, chunk: int) -> tuple[int, int]:
-        return math.ceil(problem.T / (chunks * chunk)), chunks * chunk
+    def windows(problem: Problem, config: BackwardConfig) -> tuple[int, int]:
+        length = chunks * config.chunk_step
+        return math.ceil(problem.T / length), length
 
     return mock.patch.object(backward, "windows", windows)
 
