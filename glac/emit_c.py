@@ -116,6 +116,11 @@ def c_sources(pack: Pack) -> tuple[str, str]:
     return header, source
 
 
+def function_names(pack: Pack) -> dict[tuple[Specialisation, ForwardConfig], str]:
+    """What the C function of a forward row is called, by the row's specialisation and config."""
+    return {(item.spec, item.config): item.name for item in _functions(pack)}
+
+
 def _filled(text: str, fields: Mapping[str, str]) -> str:
     for name, value in fields.items():
         text = text.replace(f"@{name}@", value)
@@ -164,10 +169,10 @@ _HEADER = """\
 /* Gated linear attention, forward: kernels for @ARCH@ and their launches. Made by glac @VERSION@
    (@TOOLS@); do not edit, run `glac build --emit c` again.
 
-   @KERNELS@ kernels, @ROWS@ rows. Needs a driver for CUDA @CUDA@ (branch @FLOOR@) or newer, and -ldl
-   where the C library keeps dlopen apart. There is no global state: what is loaded is in a handle,
-   which belongs to the CUDA context that was current when it was opened. A handle may be used from
-   several threads at once; calls only enqueue work on `stream` and never wait. */
+   @KERNELS@ kernels, @ROWS@ rows. Needs a driver for CUDA @CUDA@ (branch @FLOOR@) or newer, and
+   -ldl where the C library keeps dlopen apart. There is no global state: what is loaded is in a
+   handle, which belongs to the CUDA context that was current when it was opened. A handle may be
+   used from several threads at once; calls only enqueue work on `stream` and never wait. */
 #ifndef @UPPER@_H
 #define @UPPER@_H
 
@@ -213,7 +218,8 @@ typedef struct glac_forward {
   int32_t Hq, Hk, Hs;  /* Hk divides Hs; Hq divides Hs or is a multiple of it */
   int32_t N;           /* sequences of a packed batch; not read without cu */
   double scale;        /* usually K^-0.5 */
-  double inv_normalizer, clamp; /* of a low-rank gate: 1 / normalizer; lower bound, -INFINITY for none */
+  double inv_normalizer; /* of a low-rank gate: 1 / normalizer */
+  double clamp;          /* of a low-rank gate: its lower bound, -INFINITY for none */
 } glac_forward;
 
 #endif /* GLAC_FORWARD_DEFINED */
@@ -438,7 +444,7 @@ def _definition(item: _Function, kernels: Mapping[str, PackedKernel], names: Seq
         f"  int status = {item.name}_sizes(call, &s);",
         "  if (status) return status;",
         *(
-            f"  const int64_t unit_{name} = {unit};" + (" (void)unit_%s;" % name)
+            f"  const int64_t unit_{name} = {unit}; (void)unit_{name};"
             for name, unit in units.items()
         ),
         f"  status = check_pointers(call, {int(lowrank)});",
