@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -210,7 +211,7 @@ def _spread(x: torch.Tensor) -> torch.Tensor:
     return wide[:, :, :-1]
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "one token": {"T": 1},
     "states": {"states": True},
@@ -385,3 +386,44 @@ def test_what_cannot_be_written(pack: Pack, tmp_path: Path) -> None:
         cubin.write_bytes(b"x")
     with pytest.raises(PackError, match="bytes, got"):
         c_sources(damaged)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@needs_gcc
+def test_the_example_builds(pack: Pack, tmp_path: Path) -> None:
+    """With a header and a library that only name what it uses: neither needs to be installed."""
+    write_c(pack, tmp_path)
+    (tmp_path / "cuda.h").write_text(STAND_IN_HEADER)
+    names = re.findall(r"\b(cu\w+)\(", STAND_IN_HEADER)
+    (tmp_path / "stub.c").write_text("".join(f"int {name};\n" for name in names))
+    library = str(tmp_path / "libcuda.so.1")
+    stub = ["gcc", "-shared", "-fPIC", "-o", library, str(tmp_path / "stub.c")]
+    configure = ["cmake", "-S", str(ROOT / "examples" / "c"), "-B", str(tmp_path / "build")]
+    places = {"GLAC_SOURCES": tmp_path, "CUDA_INCLUDE": tmp_path, "CUDA_DRIVER": library}
+    configure += [f"-D{key}={value}" for key, value in places.items()]
+    configure += ["-DCMAKE_C_FLAGS=-Wall -Wextra -Werror"]
+    for command in (stub, configure, ["cmake", "--build", str(tmp_path / "build")]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "build" / "prefill").is_file()
+
+
+STAND_IN_HEADER = """
+#include <stddef.h>
+typedef int CUresult, CUdevice;
+typedef unsigned long long CUdeviceptr;
+typedef struct CUctx_st *CUcontext;
+typedef struct CUstream_st *CUstream;
+enum { CUDA_SUCCESS, CU_STREAM_NON_BLOCKING };
+CUresult cuInit(unsigned);
+CUresult cuDeviceGet(CUdevice *, int);
+CUresult cuDevicePrimaryCtxRetain(CUcontext *, CUdevice);
+CUresult cuCtxSetCurrent(CUcontext);
+CUresult cuStreamCreate(CUstream *, unsigned);
+CUresult cuStreamSynchronize(CUstream);
+CUresult cuMemAlloc(CUdeviceptr *, size_t);
+CUresult cuMemcpyHtoD(CUdeviceptr, const void *, size_t);
+CUresult cuMemcpyDtoH(void *, CUdeviceptr, size_t);
+CUresult cuMemsetD8(CUdeviceptr, unsigned char, size_t);
+CUresult cuGetErrorString(CUresult, const char **);
+"""
