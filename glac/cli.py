@@ -723,20 +723,58 @@ def pack_show(path: Path) -> None:
 
 @pack.command("verify")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--device",
+    is_flag=True,
+    help="Check it against this machine's GPU too, and load every kernel.",
+)
 @common_options
-def pack_verify(path: Path) -> None:
+def pack_verify(path: Path, device: bool) -> None:
     """Check every field and every byte of a pack."""
+    from glac.archive import MANIFEST, members
+    from glac.pack import cubin_member
     from glac.templates import templates_sha256
 
     data, lines = [], []
     for item in _packs_at(path):
         size = sum(len(item.read_cubin(name)) for name in item.kernels)
         fresh = item.templates_sha256 == templates_sha256(item.templates_sha256)
+        listed = {MANIFEST, *(cubin_member(kernel.sha256) for kernel in item.kernels.values())}
+        others = [name for name in members(item.path) if name not in listed]
         data.append({"path": str(item.path), "arch": item.arch, "kernels": len(item.kernels)})
-        data[-1].update(rows=len(item.rows), bytes=size, current_templates=fresh)
+        data[-1].update(rows=len(item.rows), bytes=size, current_templates=fresh, others=others)
         note = "" if fresh else "; built from other templates than those installed"
+        if others:
+            note += f"; {len(others)} files that it does not use, such as {others[0]}"
+        if device:
+            took = _load_all(item)
+            data[-1]["load_ms"] = took
+            note += f"; verified and loaded on this GPU in {took:.0f} ms"
         lines.append(f"ok: {_pack_title(item)}, {size} bytes of code{note}")
     emit({"packs": data}, "\n".join(lines))
+
+
+def _load_all(pack: Pack) -> float:
+    """Load every kernel of a pack on the current device; milliseconds with reading and checks."""
+    _need("torch")
+    _device_spec()
+    import time
+
+    import torch
+
+    from glac.dispatch import device_facts
+    from glac.fit import check_fit
+    from glac.launch import load_from_pack
+    from glac.pack import read_pack
+
+    index = torch.cuda.current_device()
+    torch.cuda.synchronize(index)
+    start = time.perf_counter()
+    again = read_pack(pack.path)
+    check_fit(again, again.kernels, device_facts(index))
+    for name in again.kernels:
+        load_from_pack(again, name, index).load_now()
+    return (time.perf_counter() - start) * 1e3
 
 
 @pack.command("list")
