@@ -84,6 +84,10 @@ _stats = Stats()
 _served: dict[tuple[Op, Specialisation, Bucket, int], tuple[Decision, Kernels | None]] = {}
 
 
+bound: dict[Any, Any] = {}
+"""Calls that ``glac.fast`` remembers; they hold decisions, so they are forgotten with them."""
+
+
 def _after_fork() -> None:
     """In a child: another thread of the parent may have held the lock, and is not here."""
     global _lock
@@ -105,6 +109,7 @@ def clear() -> None:
     """Forget every decision and pack listing, for example after a new pack was built."""
     with _lock:
         _served.clear()
+        bound.clear()
         _stats.decisions.clear()
         _stats.compiled = 0
         installed_packs.cache_clear()

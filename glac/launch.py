@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from glac.driver import DriverKernel, KernelCache, check_fork
+from glac.driver import BoundLaunch, DriverKernel, KernelCache, check_fork
 
 if TYPE_CHECKING:
     from glac.pack import Pack
@@ -25,6 +25,10 @@ class DeviceKernel:
         self._scratch = kernel.scratch_bytes
         # Public torch.cuda.current_stream() builds a Stream object: 7 us a call instead of 0.1.
         self._stream = torch._C._cuda_getCurrentRawStream
+
+    def bound(self, scalars: Sequence[Any], grid: int) -> BoundLaunch:
+        """A launch with these arguments, all but the pointers."""
+        return BoundLaunch(self._kernel, scalars, grid)
 
     def load_now(self) -> None:
         """Put the code on the device now; see ``DriverKernel.load_now``."""

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from pathlib import Path
 
 from glac.errors import ConfigError
@@ -34,14 +35,22 @@ def _cache_dir() -> Path:
     return Path(base) / "glac"
 
 
+# CPython keeps the environment encoded in this dict; looking there takes 0.05 us instead of 0.7.
+_present: Container[object] = getattr(os.environ, "_data", os.environ)
+_CHECKED, _REQUIRE_AOT = (
+    name if _present is os.environ else os.environ.encodekey(name)
+    for name in ("GLAC_CHECKED", "GLAC_REQUIRE_AOT")
+)
+
+
 def checked_mode() -> bool:
     """Whether ``GLAC_CHECKED`` is on. The one variable that every call reads."""
-    return "GLAC_CHECKED" in os.environ and _flag("GLAC_CHECKED")
+    return _CHECKED in _present and _flag("GLAC_CHECKED")
 
 
 def require_aot() -> bool:
     """Whether ``GLAC_REQUIRE_AOT`` is on. Read by every call whose gradients are wanted."""
-    return "GLAC_REQUIRE_AOT" in os.environ and _flag("GLAC_REQUIRE_AOT")
+    return _REQUIRE_AOT in _present and _flag("GLAC_REQUIRE_AOT")
 
 
 @dataclass(frozen=True)

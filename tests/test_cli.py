@@ -315,7 +315,8 @@ def test_build_prints_facts_and_a_pack_that_verifies(
 def test_build_of_zips_again_and_of_c_sources(
     fake_compiler: None, tmp_path: Path, configs_dir: Path
 ) -> None:
-    words = ["build", "--gpu", "h100", "--configs", configs_dir, "--out", tmp_path, "--zip"]
+    words: list[str | Path] = ["build", "--gpu", "h100", "--configs", configs_dir]
+    words += ["--out", tmp_path, "--zip"]
     first = document(glac(*words, "--json"))["data"]["packs"][0]
     assert (first["path"], first["compiled"]) == (str(tmp_path / "sm_90a.zip"), 4)
     assert document(glac(*words, "--json"))["data"]["packs"][0]["compiled"] == 0
