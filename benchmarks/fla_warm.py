@@ -180,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     default_cache = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
     parser.add_argument("--shards", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--shape", action="append", metavar="B,T,H,K,V", help="repeatable")
+    parser.add_argument("--suite", help="the shapes of a suite of `glac bench` [standard]")
     parser.add_argument("--backward", action="store_true", help="the backward kernels as well")
     parser.add_argument("--dtype", default="bfloat16", help="of q, k and v")
     parser.add_argument("--gate-dtype", default=None, help="of g; like --dtype if left out")
@@ -189,11 +190,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     sys.path.insert(0, str(ROOT))  # a checkout need not be installed
-    from glac.bench import DEFAULT_SHAPES, parse_shape
+    from glac.bench import bench_problems, parse_shape
     from glac.errors import GlacError
 
+    if options.shape and options.suite:
+        parser.error("--suite and --shape exclude each other")
     try:
-        shapes = [parse_shape(s) for s in options.shape] if options.shape else DEFAULT_SHAPES
+        shapes = [parse_shape(s) for s in options.shape or ()]
+        if not shapes:
+            problems = bench_problems(suite=options.suite or "standard")
+            sizes = [(p.B, p.T, p.H, p.spec.K, p.spec.V) for p in problems]
+            shapes = list(dict.fromkeys(sizes))  # a shape is in a suite once for each gate
     except GlacError as error:
         parser.error(str(error))
     gate_dtype = options.gate_dtype or options.dtype

@@ -1,7 +1,7 @@
 """What exactness costs ordinary gates: kernels as shipped, and without range test and redo.
 
-    python benchmarks/ladder.py --gpu h200 --compile DIR      # on any machine with the toolchain
-    python benchmarks/ladder.py --gpu h200 --run DIR          # where the GPU is
+    python benchmarks/ladder.py --gpu h100 --compile DIR      # on any machine with the toolchain
+    python benchmarks/ladder.py --gpu h100 --run DIR          # where the GPU is
 
 Both folders of kernels are compiled from the tuned rows of the GPU: once as they are, once from
 sources in which the second pass is cut out. The calls then differ in nothing else, except that
@@ -118,13 +118,14 @@ def run_both(gpu: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
     results = []
     for row in rows_of(gpu):
         times: dict[str, list[float]] = {name: [] for name in packs}
-        graphs = {}
+        graphs, calls = {}, []
         for name, pack in packs.items():
             kernels: dict[str, Any] = {}
             for k in config_kernels(row.spec, row.config, arch):
                 there = k.name in pack.kernels
                 kernels[k.template] = load_from_pack(pack, k.name, 0) if there else Nothing()
             call = call_of(row, kernels)
+            calls.append(call)  # a graph does not keep the memory of its inputs
             call()
             torch.cuda.synchronize()
             graphs[name] = torch.cuda.CUDAGraph()
@@ -152,7 +153,7 @@ def run_both(gpu: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="what exactness costs ordinary gates")
-    parser.add_argument("--gpu", default="h200", help="whose tuned rows")
+    parser.add_argument("--gpu", default="h100", help="whose tuned rows")
     parser.add_argument("--compile", type=Path, metavar="DIR", help="compile both builds into DIR")
     parser.add_argument("--run", type=Path, metavar="DIR", help="time the builds in DIR")
     parser.add_argument("--rounds", type=int, default=60)

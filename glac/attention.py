@@ -24,11 +24,11 @@ gives the gradient of the whole sequence. Passing on ``state.detach()`` cuts the
 segments (truncated back-propagation through time): outputs are the same, and each segment can do
 its own ``backward`` and release its memory.
 
-**Packed batches.** With ``cu_seqlens`` the tensors hold sequences of any lengths one after the other
-in a batch of one, ``[1, T, H, D]``, and states have one entry for each. The kernels find their
-sequence on the device, so nothing is read back, and a call can be captured in a CUDA graph whose
-``cu_seqlens`` then changes (with as many sequences, some of them perhaps empty). A sequence gives
-the same bits alone and packed, where the config is the same.
+**Packed batches.** With ``cu_seqlens`` the tensors hold sequences of any lengths one after the
+other in a batch of one, ``[1, T, H, D]``, and states have one entry for each. The kernels find
+their sequence on the device, so nothing is read back, and a call can be captured in a CUDA graph
+whose ``cu_seqlens`` then changes (with as many sequences, some of them perhaps empty). A sequence
+gives the same bits alone and packed, where the config is the same.
 
 **Grouped heads.** Values, gate and state have Hs heads. Keys may have fewer, Hk, a divisor of Hs:
 neighbouring heads then share one. Queries may have fewer too, or a multiple of Hs: then neighbours

@@ -7,8 +7,8 @@ A sequence that is walked as a whole falls into windows, from the last to the fi
     gla_bwd_exact    again, where gates left the fast kernel's range
 
 Windows bound what is kept: chunk states of the whole sequence would take as much memory as all
-gradients together. Where the heads are too few for the GPU, the sequence is cut into segments that
-are walked at once. The state before each and the gradient of the state behind each are found first:
+gradients together. Where the heads are too few for the GPU, the sequence is cut into segments
+that are walked at once. The state before each and the gradient of the one behind each come first:
 
     gla_states, gla_combine      what every segment adds to the state, chained
     gla_states, gla_combine      the same for the state's gradient, back in time
@@ -21,9 +21,7 @@ its inputs.
 from __future__ import annotations
 
 import math
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from glac.configs import BackwardConfig
 from glac.plan import (
@@ -38,7 +36,11 @@ from glac.plan import (
 from glac.problem import Problem
 from glac.record import dataclass
 from glac.templates import state_dtype, stride_unit, tiles
-from glac.validate import TORCH_DTYPES
+
+if TYPE_CHECKING:
+    # What follows imports it where it runs: `cut` is asked where there may be none.
+    import torch
+    from torch import Tensor
 
 FREE_STATES = 80 << 20
 """Bytes of chunk states that are kept all at once."""
@@ -112,6 +114,8 @@ def cut(problem: Problem, config: BackwardConfig) -> Cut:
 
 def _parts(B: int, T: int, H: int, like: Tensor, parts: int) -> Tensor:
     """Memory for a gradient per head of the output, in as many parts as tiles make it from."""
+    import torch
+
     return torch.empty((parts, B, T, H, like.shape[-1]), dtype=like.dtype, device=like.device)
 
 
@@ -122,6 +126,8 @@ def _summed(parts: Tensor, heads: int) -> Tensor:
         return parts.view(count, B, T, heads, H // heads, D).sum((0, 4))
     if count == 1:
         return parts[0]
+    import torch
+
     # As one addition of whole tensors it takes half the time of a reduction.
     return torch.add(parts[0], parts[1]) if count == 2 else parts.sum(0)
 
@@ -159,6 +165,10 @@ def run_backward(
         ``dq``, ``dk``, ``dv`` and the gate's gradients, ``(dg,)`` or ``(dx, dweight, dbias)``, in
         the inputs' dtypes but dweight and dbias in fp32; ``dh0`` in fp32, or None.
     """
+    import torch
+
+    from glac.validate import TORCH_DTYPES
+
     problem, config = plan.problem, plan.config
     spec = problem.spec
     B, T, H, K, V = problem.B, problem.T, problem.H, spec.K, spec.V

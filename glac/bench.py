@@ -45,11 +45,10 @@ from torch import Tensor
 from glac import __version__
 from glac.errors import ConfigError, GlacError, MissingEnvironmentError
 from glac.gpus import match_gpu
-from glac.problem import DType, Gate, Op, Problem, Specialisation
+from glac.problem import DType, Gate, Op, Problem
+from glac.suites import SHAPES, SUITES, Shape, make_problem
 from glac.validate import TORCH_DTYPES
 
-Shape = tuple[int, int, int, int, int]
-"""B, T, H, K, V."""
 Step = Callable[[], Mapping[str, Tensor]]
 """One call of an implementation, returning its results by name."""
 
@@ -61,15 +60,6 @@ PASSES: dict[str, tuple[Op, ...]] = {
 """What can be timed, and the passes of each."""
 OPS = tuple(PASSES)
 IMPLS = ("glac", "fla", "fa2", "cudnn")
-DEFAULT_SHAPES: tuple[Shape, ...] = (
-    (8, 2048, 16, 64, 64),
-    (16, 2048, 8, 128, 128),
-    (4, 4096, 64, 128, 128),
-    (8, 2048, 4, 128, 256),
-    (8, 2048, 4, 256, 512),
-)
-LOWRANK_SHAPES: tuple[Shape, ...] = ((16, 2048, 8, 128, 128), (8, 2048, 16, 64, 64))
-"""Shapes of the default run that are also timed with a low-rank gate."""
 
 _FLUSH_BYTES = 256 << 20  # several times the L2 cache of any listed GPU
 _COPY_BYTES = 1 << 30
@@ -137,46 +127,66 @@ def bench_problems(
     shapes: Sequence[Shape] | None = None,
     gates: Sequence[str] | None = None,
     *,
-    dtype: str = "bf16",
+    suite: str | None = None,
+    dtype: str | None = None,
     gate_dtype: str | None = None,
-    rank: int = 16,
+    rank: int | None = None,
 ) -> list[Problem]:
-    """The problems of a run: every shape with every gate.
+    """The problems of a run: every shape with every gate, or those of a suite.
 
     Args:
-        shapes: ``DEFAULT_SHAPES`` if None.
-        gates: of ``"vector"`` and ``"lowrank"``; if None, the vector gate, and for the default
-            shapes the low-rank gate at ``LOWRANK_SHAPES`` as well.
-        dtype: of q, k, v and of the low-rank gate's tensors.
+        shapes: those of the suite ``standard`` if None, with its gates if these are None too.
+        gates: of ``"vector"`` and ``"lowrank"``; the vector gate if None. Of a suite: which of
+            its problems are wanted; all if None.
+        suite: of ``glac.suites.SUITES``.
+        dtype: of q, k, v and of the low-rank gate's tensors; bf16 if None.
         gate_dtype: of a vector gate; ``dtype`` if None.
-        rank: of a low-rank gate.
+        rank: of a low-rank gate; 16 if None.
 
     Raises:
-        ConfigError: a shape, gate or dtype that no kernel could serve.
+        ConfigError: a shape, gate or dtype that no kernel could serve, an unknown suite, or a
+            suite together with what it has of its own.
     """
-    pairs: list[tuple[Shape, str]] = [
-        (shape, gate) for gate in gates or ("vector",) for shape in shapes or DEFAULT_SHAPES
-    ]
-    if not shapes and not gates:
-        pairs += [(shape, "lowrank") for shape in LOWRANK_SHAPES]
-    problems = []
-    for (B, T, H, K, V), gate in pairs:
-        if min(B, T, H) < 1:
-            raise ConfigError(f"B, T and H must be positive, got {B}, {T}, {H}")
-        try:
-            kind, element = Gate(gate), DType(dtype)
-            gate_element = DType(gate_dtype or dtype) if kind is Gate.VECTOR else element
-        except ValueError as error:
+    given = {"shapes": shapes or None, "dtype": dtype, "gate_dtype": gate_dtype, "rank": rank}
+    try:
+        kinds = [Gate(gate) for gate in gates or ()]
+        element = DType(dtype or "bf16")
+        wide = DType(gate_dtype) if gate_dtype else element
+    except ValueError as error:
+        raise ConfigError(
+            str(error),
+            hint=f"gates are {', '.join(g.value for g in Gate)}; "
+            f"dtypes are {', '.join(d.value for d in DType)}",
+        ) from None
+    if suite is not None:
+        own = [name for name, value in given.items() if value is not None]
+        if own:
             raise ConfigError(
-                str(error),
-                hint=f"gates are {', '.join(g.value for g in Gate)}; "
-                f"dtypes are {', '.join(d.value for d in DType)}",
-            ) from None
-        spec = Specialisation(
-            K, V, element, kind, gate_element, rank if kind is Gate.LOWRANK else 0
+                f"suite {suite!r} has {', '.join(own)} of its own",
+                hint="give shapes instead of a suite",
+            )
+        return _suite_problems(suite, kinds)
+    pairs = [(shape, kind) for kind in kinds or (Gate.VECTOR,) for shape in shapes or SHAPES]
+    if not shapes and not kinds:
+        pairs = [((p.B, p.T, p.H, p.spec.K, p.spec.V), p.spec.gate) for p in SUITES["standard"]]
+    return [
+        make_problem(shape, kind, 16 if rank is None else rank, element)
+        if kind is Gate.LOWRANK
+        else make_problem(shape, kind, 0, element, wide)
+        for shape, kind in pairs
+    ]
+
+
+def _suite_problems(suite: str, kinds: Sequence[Gate]) -> list[Problem]:
+    if suite not in SUITES:
+        raise ConfigError(f"unknown suite {suite!r}", hint=f"suites are {', '.join(SUITES)}")
+    wanted = [p for p in SUITES[suite] if not kinds or p.spec.gate in kinds]
+    if not wanted:
+        raise ConfigError(
+            f"suite {suite!r} has no problem with a {' or '.join(k.value for k in kinds)} gate",
+            hint="leave the gate out, or give shapes instead of a suite",
         )
-        problems.append(Problem(spec, B, T, H))
-    return problems
+    return wanted
 
 
 # ---- timing ----
@@ -996,6 +1006,14 @@ def run_problems(
         del work
 
 
+def default_out(gpu: str | None, suite: str | None) -> Path:
+    """Where results go: a file for each GPU, and for suites other than the default one's."""
+    name = gpu or "gpu"
+    if suite not in (None, "standard"):
+        name += f"_{suite}"
+    return Path("benchmarks", "results", f"{name}.json")
+
+
 def run_bench(
     shapes: Sequence[Shape] | None = None,
     gates: Sequence[str] | None = None,
@@ -1003,9 +1021,10 @@ def run_bench(
     *,
     ops: Sequence[str] = OPS,
     out: Path | None = None,
-    dtype: str = "bf16",
+    suite: str | None = None,
+    dtype: str | None = None,
     gate_dtype: str | None = None,
-    rank: int = 16,
+    rank: int | None = None,
     seed: int = 0,
     budget_ms: float = 200.0,
     command: str | None = None,
@@ -1014,11 +1033,12 @@ def run_bench(
     """Time implementations of GLA side by side, and save the results.
 
     Args:
-        shapes: (B, T, H, K, V) each; the default list if None.
-        gates: ``"vector"``, ``"lowrank"``; see :func:`bench_problems`.
+        shapes: (B, T, H, K, V) each; see :func:`bench_problems` for this and for what follows.
+        gates: ``"vector"``, ``"lowrank"``.
         impls: Of ``IMPLS``, measured in this order.
         ops: Of ``OPS``, each timed on every problem.
-        out: Results file; ``benchmarks/results/<gpu>.json`` if None.
+        out: Results file; :func:`default_out` if None.
+        suite: Of ``glac.suites.SUITES``.
         dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         gate_dtype: Of a vector gate: ``dtype`` (None) or ``"fp32"``.
         rank: Of a low-rank gate.
@@ -1031,7 +1051,7 @@ def run_bench(
         What the file holds: ``{"schema", "env", "command", "rows"}``.
 
     Raises:
-        ConfigError: an unknown op, implementation, gate, dtype or shape.
+        ConfigError: an unknown op, implementation, suite, gate, dtype or shape.
         MissingEnvironmentError: there is no GPU, or the results cannot be written.
     """
     for what, given, known in (("op", ops, OPS), ("implementation", impls, tuple(_BUILDERS))):
@@ -1041,11 +1061,13 @@ def run_bench(
                 f"unknown {what}s {unknown}" if unknown else f"no {what} to time",
                 hint=f"{what}s are {', '.join(known)}",
             )
-    problems = bench_problems(shapes, gates, dtype=dtype, gate_dtype=gate_dtype, rank=rank)
+    problems = bench_problems(
+        shapes, gates, suite=suite, dtype=dtype, gate_dtype=gate_dtype, rank=rank
+    )
     harness = cuda_harness(budget_ms)
     env = environment(harness)
     if out is None:
-        out = Path("benchmarks", "results", f"{env['gpu_spec'] or 'gpu'}.json")
+        out = default_out(env["gpu_spec"], suite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1059,7 +1081,8 @@ def run_bench(
     run_problems(problems, ops, impls, harness, document, out, seed=seed)
     if table:
         copy = f"copy {harness.copy_bandwidth / 1e12:.2f} TB/s"
-        print(f"{env['gpu']}, {dtype}, {copy}, saved: {out}")
+        dtypes = "/".join(dict.fromkeys(p.spec.dtype.value for p in problems))
+        print(f"{env['gpu']}, {dtypes}, {copy}, saved: {out}")
         print(format_table(document["rows"]))
     return document
 

@@ -25,6 +25,7 @@ import click
 from glac import __version__
 from glac.errors import ConfigError, GlacError, MissingEnvironmentError, PackError
 from glac.gpus import ARCHS, GPUS, GpuSpec
+from glac.suites import SUITES
 
 if TYPE_CHECKING:
     from glac.dispatch import Decision, FoundPack
@@ -40,6 +41,11 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # name: (module, attribute, one line for `glac --help`)
 LAZY_COMMANDS: dict[str, tuple[str, str, str]] = {
+    "roofline": (
+        "glac.roofline_cli",
+        "roofline_command",
+        "Say what problems and models cost at least on a GPU.",
+    ),
     "tune": ("glac.tuning.cli", "tune_command", "Search the fastest right config on a GPU."),
 }
 
@@ -344,6 +350,7 @@ GPU_CHOICE = click.Choice(sorted(GPUS), case_sensitive=False)
 DTYPE_CHOICE = click.Choice(["bf16", "fp16", "fp32"])
 GATE_CHOICE = click.Choice(["vector", "lowrank"])
 OP_CHOICE = click.Choice(["forward", "backward"])
+SUITE_CHOICE = click.Choice(sorted(SUITES))
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -523,8 +530,11 @@ def _pack_data(pack: Pack) -> dict[str, Any]:
 
 
 @cli.command()
+@click.option("--suite", type=SUITE_CHOICE, help="Set of problems [standard].")
 @click.option("--shape", "shapes", type=ShapeType(), multiple=True, help="Repeatable.")
-@click.option("--gate", "gates", type=GATE_CHOICE, multiple=True, help="Repeatable.")
+@click.option(
+    "--gate", "gates", type=GATE_CHOICE, multiple=True, help="Repeatable; of a suite, which part."
+)
 @click.option(
     "--op",
     type=click.Choice(["forward", "training", "both"]),
@@ -539,26 +549,31 @@ def _pack_data(pack: Pack) -> dict[str, Any]:
     multiple=True,
     help="Repeatable [all].",
 )
-@click.option("--dtype", type=DTYPE_CHOICE, default="bf16", show_default=True)
+@click.option("--dtype", type=DTYPE_CHOICE, help="[bf16]")
 @click.option("--gate-dtype", type=DTYPE_CHOICE, help="Of a vector gate [as --dtype].")
-@click.option("--rank", type=int, default=16, show_default=True, help="Of a low-rank gate.")
+@click.option("--rank", type=int, help="Of a low-rank gate [16].")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Results file [benchmarks/results/GPU.json].",
+    help="Results file [benchmarks/results/GPU.json, GPU_SUITE.json].",
 )
 @common_options
 def bench(
+    suite: str | None,
     shapes: tuple[tuple[int, int, int, int, int], ...],
     gates: tuple[str, ...],
     op: str,
     impls: tuple[str, ...],
-    dtype: str,
+    dtype: str | None,
     gate_dtype: str | None,
-    rank: int,
+    rank: int | None,
     out: Path | None,
 ) -> None:
     """Time glac beside other implementations; needs a GPU."""
+    own = {"--shape": shapes or None, "--dtype": dtype, "--gate-dtype": gate_dtype, "--rank": rank}
+    named = [name for name, value in own.items() if value is not None]
+    if suite and named:
+        raise click.UsageError(f"--suite and {named[0]} exclude each other: suites have their own")
     _need("torch")
     from glac import bench as room
 
@@ -568,6 +583,7 @@ def bench(
         impls or room.IMPLS,
         ops=room.OPS if op == "both" else (op,),
         out=out,
+        suite=suite,
         dtype=dtype,
         gate_dtype=gate_dtype,
         rank=rank,

@@ -17,9 +17,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, overload
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from glac.configs import BackwardConfig, Config, ForwardConfig, default_config
 from glac.errors import GlacError, KernelNotFoundError, PackError
@@ -30,6 +28,9 @@ from glac.plan import Kernel, Plan
 from glac.problem import Bucket, Op, Problem, Specialisation
 from glac.record import dataclass
 from glac.settings import Settings, load_settings, shipped_pack_dir
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("glac")
 
@@ -364,6 +365,8 @@ def device_gpu(device: int) -> tuple[GpuSpec | None, str]:
     A model that is not listed gets a spec of its own from its properties if glac builds for its
     capability; otherwise ``None``.
     """
+    import torch  # here, so that deciding for a GPU that is not in this machine needs none
+
     props = torch.cuda.get_device_properties(device)
     capability = (props.major, props.minor)
     known = match_gpu(capability, props.multi_processor_count, props.name)

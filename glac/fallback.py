@@ -1,12 +1,13 @@
 """Both passes in PyTorch, for whatever no kernel serves: CPU tensors, unlisted devices.
 
 The forms in ``glac.reference`` take one gate and one state per head and sequences of one length.
-Here heads that share an input get copies of it, whose gradients are added up, and a packed batch is
-done sequence by sequence, which reads ``cu_seqlens`` on the host.
+Here heads that share an input get copies of it, whose gradients are added up, and a packed batch
+is done sequence by sequence, which reads ``cu_seqlens`` on the host.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -29,7 +30,7 @@ def _per_input(x: Tensor, heads: int, dim: int = 2) -> Tensor:
     """The sum over heads of the output that share an input, in fp32 at least."""
     if x.shape[dim] == heads:
         return x
-    return x.unflatten(dim, (heads, -1)).sum(dim + 1)
+    return torch.unflatten(x, dim, (heads, -1)).sum(dim + 1)
 
 
 def _sequences(problem: Problem, cu: Tensor | None) -> Iterator[tuple[slice, slice, slice]]:
@@ -39,7 +40,7 @@ def _sequences(problem: Problem, cu: Tensor | None) -> Iterator[tuple[slice, sli
         yield everything, everything, everything
         return
     bounds = cu.clamp(0, problem.T).tolist()
-    for n, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
         yield everything, slice(begin, max(begin, end)), slice(n, n + 1)
 
 
@@ -124,15 +125,16 @@ def backward(
     end = None if dht is None else _first_of_group(dht, problem)
     size = (problem.sequences, problem.H, problem.spec.K, problem.spec.V)
     grads = [torch.zeros_like(x) for x in wide]
-    if end is not None:
-        dstate = end.clone()  # what a sequence without tokens passes through
-    else:
-        dstate = q.new_zeros(size, dtype=torch.float32)
+    # A sequence without tokens passes on what it gets.
+    dstate = q.new_zeros(size, dtype=torch.float32) if end is None else end.clone()
     for rows, tokens, n in _sequences(problem, cu):
         at = rows, tokens
         if do[at].shape[1]:
             *parts, dstart = reference.chunk_gla_backward(
-                *(x[at] for x in wide),
+                wide[0][at],
+                wide[1][at],
+                wide[2][at],
+                wide[3][at],
                 do[at],
                 scale=scale,
                 initial_state=None if start is None else start[n],

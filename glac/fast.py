@@ -200,10 +200,10 @@ def bind(
 
     if key is None or key in dispatch.bound or not engine._launchable(problem, q):
         return
-    if torch.cuda.is_current_stream_capturing():
-        return
     plan = dispatch.resolve(problem, q.device.index)[1]
     if plan is None or not all(isinstance(x, DeviceKernel) for x in plan.kernels.values()):
+        return
+    if torch.cuda.is_current_stream_capturing():
         return
     given = (q, k, v, *gate.tensors, initial_state)
     if any(t is not None and t.data_ptr() % 16 for t in given):
@@ -256,10 +256,10 @@ def bind_backward(
 
     if key is None or key in dispatch.bound or not engine._launchable(problem, q):
         return
-    if torch.cuda.is_current_stream_capturing():
-        return
     plan = dispatch.resolve(problem, q.device.index, Op.BACKWARD)[1]
     if plan is None or not all(isinstance(x, DeviceKernel) for x in plan.kernels.values()):
+        return
+    if torch.cuda.is_current_stream_capturing():
         return
     given = (q, k, v, *gate.tensors, initial_state, do, dht)
     if any(t is not None and t.data_ptr() % 16 for t in given):

@@ -185,8 +185,7 @@ def _refuse(ctx: Any, *grads: Tensor | None) -> Any:
 
 chunk_gla_fwd, chunk_gla_bwd = _Family(
     "chunk_gla",
-    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state, "
-    "Tensor? cu_seqlens",
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor? initial_state, Tensor? cu_seqlens",
     "",
     ("dg",),
     check_vector,

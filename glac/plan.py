@@ -6,22 +6,22 @@ The same code serves the CUDA driver and Triton's interpreter; they differ only 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from glac.configs import ChunkKernelConfig, CombineKernelConfig, Config, segmentation
 from glac.problem import Problem, Specialisation
 from glac.record import dataclass
 from glac.templates import stride_unit, tiles
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LOG2E = 1.4426950408889634
 STEP_MIN = -111.0
 """No step decays by more than e^-111 (2^-160, which is 0 in fp32)."""
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], Tensor | None]
+Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], Tensor | None]"
 """``dq``, ``dk``, ``dv``, one gradient for each tensor of the gate, and ``dh0`` if asked for."""
 
 
@@ -153,9 +153,11 @@ def segment_states(
         reverse: whether to walk back.
 
     Returns:
-        ``[B, heads, slots, K, V]`` in fp32. Slot j is the state before segment j, undefined for the
-        first; with ``reverse`` what concerns the end of segment j, undefined for the last.
+        ``[B, heads, slots, K, V]`` in fp32. Slot j is the state before segment j, undefined for
+        the first; with ``reverse`` what concerns the end of segment j, undefined for the last.
     """
+    import torch  # here, so that configs can be reckoned with where there is none
+
     problem = plan.problem
     spec = problem.spec
     B, T, K, V = problem.B, problem.T, spec.K, spec.V

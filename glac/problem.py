@@ -222,6 +222,24 @@ class Problem:
         return inputs + output if op is Op.FORWARD else 2 * inputs + output
 
     @property
+    def tensor_bytes(self) -> dict[str, int]:
+        """Bytes of each input (the gate's tensors together) and of the output, as in ``bytes``."""
+        channel = self.B * self.T * self.spec.dtype.itemsize
+        return {
+            "q": channel * self.spec.K * (self.H // self.q_group),
+            "k": channel * self.spec.K * (self.H // self.k_group),
+            "v": channel * self.spec.V * self.state_heads,
+            "gate": self._gate_bytes,
+            "o": channel * self.spec.V * self.H,
+        }
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one state of every sequence and head: ``[N, Hs, K, V]`` in fp32."""
+        states = self.sequences * self.state_heads
+        return states * self.spec.K * self.spec.V * DType.FP32.itemsize
+
+    @property
     def _gate_bytes(self) -> int:
         """Of the dense gate, or of x, weight and bias."""
         s = self.spec

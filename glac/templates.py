@@ -140,7 +140,8 @@ OP_TEMPLATES: dict[Op, tuple[str, ...]] = {Op.FORWARD: FORWARD, Op.BACKWARD: BAC
 
 _VECTOR_ONLY = frozenset({"g", "g_b", "g_t", "g_h", "dg"})
 _LOWRANK_ONLY = frozenset(
-    ["x", "w", "bias", "inv_normalizer", "clamp_log2", "has_bias", "x_b", "x_t", "dx", "dw", "db", "dx_first", "dx_tokens"]
+    {"x", "w", "bias", "inv_normalizer", "clamp_log2", "has_bias", "x_b", "x_t"}
+    | {"dx", "dw", "db", "dx_first", "dx_tokens"}
 )
 
 

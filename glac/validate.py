@@ -5,6 +5,7 @@ Each message names the argument, what was wanted and what came.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -305,7 +306,7 @@ def check_boundaries(cu_seqlens: Tensor, T: int) -> None:
     values = cu_seqlens.tolist()
     if values[0] != 0:
         raise InputError(f"cu_seqlens must begin with 0, got {values[0]} at position 0")
-    for at, (before, here) in enumerate(zip(values, values[1:], strict=False), 1):
+    for at, (before, here) in enumerate(itertools.pairwise(values), 1):
         if here < before:
             raise InputError(
                 f"cu_seqlens must not decrease, got {here} after {before} at position {at}"

@@ -23,7 +23,7 @@ def boundary(cu, n, T):
 
 @triton.jit
 def place(index, cu, T, N, H, seg_first, seg_count, seg_len, has_cu):
-    """The segment of program ``index`` of a grid of ``B * H * seg_count``, slots from seg_first on.
+    """The segment of program ``index`` in a grid of ``B * H * seg_count``, slots from seg_first.
 
     Returns:
         i_b: row of the tensors, int64 (0 in a packed batch).

@@ -16,9 +16,9 @@ registers. Gradients of q, k and gate are complete over V tiles only as a sum, w
 makes; dv is written (DV) where one tile holds all of K, and otherwise by ``gla_bwd_dv``.
 
 A program walks one segment of ``seg_count`` (``_place``). S at the start of each of its chunks
-comes from ``gla_states``. dS at its end is ``dht`` or a slot of ``ends``; with ``chain``, where one
-launch follows another from the last segment to the first, the program leaves dS for the next. The
-anchor's range is tested as in ``gla_fwd``; a program that left it says so in ``flags``, and
+comes from ``gla_states``. dS at its end is ``dht`` or a slot of ``ends``; with ``chain``, where
+one launch follows another from the last segment to the first, the program leaves dS for the next.
+The anchor's range is tested as in ``gla_fwd``; a program that left it says so in ``flags``, and
 ``gla_bwd_exact`` does its work again.
 
 | tensor | shape           | dtype      | layout                                                |
@@ -32,18 +32,18 @@ anchor's range is tested as in ``gla_fwd``; a program that left it says so in ``
 | cu     | [N + 1]         | int32      | boundaries of a packed batch, see ``_place``          |
 | states | [B, HS, C, N_KEPT, K, V] | state | contiguous, slot j: before token t_begin + j * BT |
 | dht    | [N, HS, K, V]   | fp32       | contiguous, absent when has_dht == 0                  |
-| ends   | [B, H, S, K, V] | fp32       | contiguous, dS at the end of each segment but the last |
+| ends   | [B, H, S, K, V] | fp32       | contiguous, dS at segments' ends, not of the last     |
 | dq, dk | [NV, B, T, H, K]| io         | contiguous                                            |
 | dv     | [B, T, H, V]    | io         | contiguous                                            |
 | dg     | [NV, B, T, H, K]| as g       | contiguous (vector gate)                              |
-| dx     | [NV, B, H*NK, TX, R] | fp32  | contiguous, a part of each head and K tile, of tokens from dx_first on |
+| dx     | [NV, B, H*NK, TX, R] | fp32  | contiguous, a part of each head and K tile, TX tokens |
 | dw     | [NV, B, S, H*K, R] | fp32    | contiguous, a part of each segment                    |
 | db     | [NV, B, S, H*K] | fp32       | contiguous, likewise                                  |
 | dh0    | [N, H, K, V]    | fp32       | contiguous, absent when has_dh0 == 0                  |
 | flags  | [grid]          | int32      | 1 where the program left the range                    |
 
-Heads and groups are those of ``gla_fwd``. All gradients are per head of the output: where heads
-share an input, the caller adds them up.
+The tokens of dx begin with ``dx_first``. Heads and groups are those of ``gla_fwd``. All gradients
+are per head of the output: where heads share an input, the caller adds them up.
 
 Grid: x = V tiles (fastest) x K tiles x seg_count segments x B*H.
 """

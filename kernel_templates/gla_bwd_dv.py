@@ -15,7 +15,7 @@ nothing is left to be summed. Range test and second pass as in ``gla_fwd``.
 | bias   | [H*K]        | io or fp32 | contiguous, absent when has_bias == 0         |
 | cu     | [N + 1]      | int32      | boundaries of a packed batch, see ``_place``  |
 | dht    | [N, HS, K, V] | fp32      | contiguous, absent when has_dht == 0          |
-| ends   | [B, H, S, K, V] | fp32    | contiguous, dS at the end of each segment but the last |
+| ends   | [B, H, S, K, V] | fp32    | contiguous, dS at segments' ends, not of the last |
 | dv     | [B, T, H, V] | io         | contiguous                                    |
 
 Heads and groups are those of ``gla_fwd``; dv is per head of the output.
@@ -35,8 +35,7 @@ from glac.kernel_templates._bwd import (
     store_rows,
     triangles,
 )
-from glac.kernel_templates._exact import START_RANGE_LOG2, exact_scores
-from glac.kernel_templates._exact import gate_steps
+from glac.kernel_templates._exact import START_RANGE_LOG2, exact_scores, gate_steps
 from glac.kernel_templates._gate import LOG2E, operand
 from glac.kernel_templates._place import place
 

@@ -4,16 +4,16 @@
 
 GLA's transition is diagonal, so the combination is a multiply-add per element and exact. Slot j of
 ``states`` arrives holding C_{j-1} and leaves holding S_j. ``reverse`` does the same for gradients
-of states, from the last segment to the first: slot j then holds what concerns the end of segment j.
+of states, from the last segment to the first: slot j then is about the end of segment j.
 
 | tensor | shape           | dtype | layout                                                  |
 |--------|-----------------|-------|---------------------------------------------------------|
 | states | [B, H, S, K, V] | fp32  | contiguous, in and out; slots as in ``_place``          |
 | decay  | [B, H, S, K]    | fp32  | contiguous, total gate of a segment in log2 units       |
-| ends   | [N, HE, K, V]   | fp32  | contiguous, the state to begin with (has_ends), HE = H / group |
+| ends   | [N, HE, K, V]   | fp32  | contiguous, the state to begin with (has_ends)          |
 | cu     | [N + 1]         | int32 | boundaries of a packed batch, see ``_place``            |
 
-Heads that share a state (group > 1) take ``ends`` once: the first of them does.
+HE = H / group: of heads that share a state the first takes ``ends``.
 
 Grid: x = blocks of the K*V state elements (fastest) x H x N.
 """

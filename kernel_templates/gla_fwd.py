@@ -24,7 +24,7 @@ one [BK] minimum per chunk, and there is no branch in the loop (a branch there c
 | o      | [B, T, H, V]       | io               | contiguous                                    |
 | cu     | [N + 1]            | int32            | boundaries of a packed batch, see ``_place``  |
 | h0     | [N, HS, K, V]      | fp32             | contiguous, absent when has_h0 == 0           |
-| starts | [B, HS, S, K, V]   | fp32             | contiguous, state before each segment but the first |
+| starts | [B, HS, S, K, V]   | fp32             | contiguous, state before segments j > 0       |
 | ht     | [N, HS, K, V]      | fp32             | contiguous, absent when has_ht == 0           |
 
 H counts heads of the output. Head i reads q of head i // q_group, k of i // k_group, and v, gate

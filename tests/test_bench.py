@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,8 +20,9 @@ from click.testing import CliRunner
 from glac import bench
 from glac.cli import cli
 from glac.errors import ConfigError, MissingEnvironmentError
-from glac.problem import Op
+from glac.problem import Op, Problem
 from glac.reference import chunk_gla, lowrank_gate
+from glac.suites import SUITES, make_problem
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 PROMISED_COLUMNS = (
@@ -152,6 +153,34 @@ def test_default_problems() -> None:
     assert (problems[5].B, problems[5].H, problems[5].spec.rank) == (16, 8, 16)
 
 
+def test_defaults_with_another_dtype_keep_their_shapes_and_gates() -> None:
+    problems = bench.bench_problems(dtype="fp16", rank=32)
+    assert [p.spec.gate.value for p in problems] == ["vector"] * 5 + ["lowrank"] * 2
+    assert {p.spec.dtype.value for p in problems} == {"fp16"}
+    assert problems[5].spec.rank == 32
+
+
+def test_problems_of_a_suite() -> None:
+    assert tuple(bench.bench_problems(suite="grid")) == SUITES["grid"]
+    half = bench.bench_problems(gates=("lowrank",), suite="grid")
+    assert half == [p for p in SUITES["grid"] if p.spec.rank == 16]
+    assert bench.bench_problems() == list(SUITES["standard"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"suite": "nope"}, "unknown suite 'nope'"),
+        ({"suite": "grid", "shapes": [(1, 1, 1, 16, 16)]}, "has shapes of its own"),
+        ({"suite": "grid", "rank": 16, "dtype": "bf16"}, "has dtype, rank of its own"),
+        ({"suite": "lengths", "gates": ("lowrank",)}, "no problem with a lowrank gate"),
+    ],
+)
+def test_problems_of_a_suite_refuse(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench.bench_problems(**options)
+
+
 def test_parse_shape() -> None:
     assert bench.parse_shape("16,2048,8,128,128") == (16, 2048, 8, 128, 128)
 
@@ -171,7 +200,8 @@ def test_parse_shape_refuses(text: str) -> None:
         {"impls": ()},
         {"gates": ("head",)},
         {"dtype": "int8"},
-        {"shapes": [(1, 1, 1, 512, 16)]},
+        {"suite": "nope"},
+        {"shapes": [(1, 1, 1, 1024, 16)]},
         {"shapes": [(0, 1, 1, 16, 16)]},
     ],
 )
@@ -200,6 +230,28 @@ def test_the_command_times_the_ops_asked_for(
     monkeypatch.setattr(bench, "run_bench", run_bench)
     assert CliRunner().invoke(cli, ["bench", *words]).exit_code == 0
     assert given["ops"] == ops
+
+
+def test_the_command_times_a_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def run_bench(shapes: Any, gates: Any, *args: object, **options: object) -> dict[str, Any]:
+        given.update(options, shapes=shapes, gates=gates)
+        return {"rows": []}
+
+    monkeypatch.setattr(bench, "run_bench", run_bench)
+    words = ["bench", "--suite", "grid", "--gate", "lowrank"]
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    assert (given["suite"], given["gates"], given["shapes"]) == ("grid", ("lowrank",), None)
+    assert (given["dtype"], given["rank"]) == (None, None)
+    for more in (["--shape", "1,2,3,4,5"], ["--rank", "32"], ["--dtype", "bf16"]):
+        assert CliRunner().invoke(cli, [*words, *more]).exit_code == 2
+
+
+def test_suites_have_files_of_their_own() -> None:
+    names = [bench.default_out(*pair).name for pair in (("h100", None), ("h100", "standard"))]
+    assert names == ["h100.json"] * 2
+    assert bench.default_out(None, "grid") == Path("benchmarks", "results", "gpu_grid.json")
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -629,6 +681,86 @@ def test_plot_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     picture = tmp_path / "h200.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.strip() == str(picture)
+
+
+def timed(problems: Sequence[Problem], op: str, impls: Sequence[str]) -> list[dict[str, Any]]:
+    rows = []
+    for index, p in enumerate(problems):
+        for impl in impls:
+            row = {
+                **{"op": op, "B": p.B, "T": p.T, "H": p.H, "K": p.spec.K, "V": p.spec.V},
+                **{"dtype": "bf16", "gate": p.spec.gate.value, "gate_rank": p.spec.rank},
+                **{"gate_dtype": "bf16", "impl": impl, "us": 100.0 + index, "floor_us": 50.0},
+                "date": "2026-01-02",
+            }
+            rows.append(row)
+    return rows
+
+
+def test_many_problems_become_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    plot = script("plot")
+    drawn = []
+    for name in ("_draw_panel", "_draw_dots"):
+        real = getattr(plot, name)
+
+        def seen(*args: Any, name: str = name, real: Any = real) -> Any:
+            drawn.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(plot, name, seen)
+    for count, way in ((8, "_draw_panel"), (9, "_draw_dots"), (20, "_draw_dots")):
+        rows = timed(SUITES["grid"][:count], "forward", ("glac", "fla"))
+        rows += timed(SUITES["grid"][: count - 1], "training", ("glac",))
+        data = plot.plot_data(document(rows))
+        assert [len(panel.groups) for panel in data.panels] == [count, count - 1]
+        plot.draw(data, tmp_path / "x.png")
+        assert drawn == [way] * 2
+        drawn.clear()
+
+
+def test_times_over_the_length() -> None:
+    plot = script("plot")
+    lengths = SUITES["lengths"]
+    rows = timed(lengths[::-1], "forward", ("fla", "glac"))
+    for row in rows:
+        if row["impl"] == "fla" and row["T"] > 65536:
+            row["us"] = None
+    (panel,) = plot.line_data(document(rows)).panels
+    assert panel.title == "forward\n131072 tokens, 16 heads of 128 x 128, vector gate"
+    assert [line.label for line in panel.lines] == [
+        *("glac", "flash-linear-attention", "memory floor"),
+    ]
+    ours, theirs, floor = panel.lines
+    assert ours.lengths == floor.lengths == tuple(1024 << i for i in range(8))
+    assert ours.values == tuple(107.0 - i for i in range(8))
+    assert theirs.lengths == ours.lengths[:-1]
+    assert set(floor.values) == {50.0}
+
+
+def test_sizes_of_one_plot_have_lines_of_their_own() -> None:
+    small = [make_problem((64 // n, 1024 * n, 2, 64, 64)) for n in (1, 2)]
+    rows = timed([*SUITES["lengths"], *small], "training", ("glac",))
+    (panel,) = script("plot").line_data(document(rows)).panels
+    assert panel.title == "training: forward and backward"
+    assert [line.label.partition(", ")[0] for line in panel.lines] == ["glac", "memory floor"] * 2
+    assert len({line.label for line in panel.lines}) == 4
+    assert [line.dash for line in panel.lines] == ["-", "-", "--", "--"]
+
+
+def test_plot_command_against_the_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot, source = script("plot"), tmp_path / "lengths.json"
+    source.write_text(json.dumps(document(timed(SUITES["lengths"], "forward", ("glac",)))))
+    assert plot.main([str(source), "--against", "T"]) == 0
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    source.write_text(json.dumps(document(ROWS)))
+    assert plot.main([str(source), "--against", "T"]) == 1
+    assert "times at two lengths" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plot.main([str(source), "--against", "T", "--metric", "us"])
 
 
 def test_saved_results_can_be_drawn() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glac.backward import run_backward, windows
+from glac.backward import cut, run_backward
 from glac.configs import BackwardConfig, Config, ForwardConfig
 from glac.forward import run_forward
 from glac.plan import GateInput, Plan
@@ -227,8 +227,12 @@ class BackwardCase(Case):
             rows = problem.H * math.ceil(spec.K / grads.block_k)
             size = (v_tiles, problem.B, rows, problem.T, spec.rank)
             held.append((size, torch.float32))
-        slots = math.ceil(windows(problem, grads.chunk)[1] / grads.chunk)
+        way = cut(problem, config)
+        slots = way.at_once * math.ceil(min(way.length, problem.T) / grads.chunk)
         held.append(((heads, slots, spec.K, spec.V), TORCH_DTYPES[state_dtype(spec)]))
+        if way.segments > 1:
+            state = (heads, way.segments, spec.K, spec.V)
+            held += [(state, torch.float32)] * (1 if way.chained else 2)
         if "dh0" in self.truth:
             held.append((tuple(self.truth["dh0"].shape), torch.float32))
         return held

@@ -177,7 +177,7 @@ def _terminated_is_interrupted() -> Iterator[None]:
 
 @click.command("tune")
 @click.option("--gpu", "gpu_name", type=cli.GPU_CHOICE, help="Whose configs [the GPU here].")
-@click.option("--suite", type=click.Choice(sorted(SUITES)), help="Set of problems [standard].")
+@click.option("--suite", type=cli.SUITE_CHOICE, help="Set of problems [standard].")
 @click.option("--shape", "shapes", type=cli.ShapeType(), multiple=True, help="Repeatable.")
 @click.option("--gate", type=cli.GATE_CHOICE, help="Of --shape [vector].")
 @click.option("--rank", type=click.Choice([str(r) for r in LOWRANK_RANKS]), help="[16]")

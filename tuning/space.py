@@ -1,4 +1,4 @@
-"""What a study may try: the declared search space of each problem, and named sets of problems.
+"""What a study may try: the declared search space of each problem.
 
 Forward:
 
@@ -43,7 +43,9 @@ from glac.configs import (
 from glac.configs import BLOCKS_V as ALL_BLOCKS_V
 from glac.errors import ConfigError
 from glac.gpus import GpuSpec
-from glac.problem import DType, Gate, Op, Problem, Specialisation
+from glac.problem import DType, Op, Problem, Specialisation
+from glac.suites import SUITES as SUITES
+from glac.suites import make_problem as make_problem
 
 BLOCKS_V = (32, 64, 128, 256)
 GRADS_TRIED, WHOLE_TRIED, STATES_TRIED, DV_TRIED = 5, 4, 3, 8
@@ -57,69 +59,6 @@ EFFORTS = ("quick", "standard", "full")
 QUICK_CANDIDATES = 12
 EXHAUSTIVE = 150
 """How many configs a problem's space is meant to have at most."""
-
-SHAPES: tuple[tuple[int, int, int, int, int], ...] = (
-    (8, 2048, 16, 64, 64),
-    (16, 2048, 8, 128, 128),
-    (4, 4096, 64, 128, 128),
-    (8, 2048, 4, 128, 256),
-    (8, 2048, 4, 256, 512),
-)
-"""B, T, H, K, V of the standard problems."""
-
-
-def make_problem(
-    shape: Sequence[int],
-    gate: Gate = Gate.VECTOR,
-    rank: int = 0,
-    dtype: DType = DType.BF16,
-    gate_dtype: DType | None = None,
-) -> Problem:
-    """The problem of a ``(B, T, H, K, V)`` shape.
-
-    Raises:
-        ConfigError: the shape or the gate is impossible.
-    """
-    if len(shape) != 5 or min(shape) < 1:
-        raise ConfigError(f"a shape is B,T,H,K,V, all positive; got {tuple(shape)}")
-    B, T, H, K, V = shape
-    return Problem(Specialisation(K, V, dtype, gate, gate_dtype or dtype, rank), B, T, H)
-
-
-def _suites() -> dict[str, tuple[Problem, ...]]:
-    vector = tuple(make_problem(shape) for shape in SHAPES)
-    lowrank = tuple(make_problem(SHAPES[i], Gate.LOWRANK, 16) for i in (1, 0))
-    more = tuple(
-        make_problem(shape)
-        for shape in (
-            (1, 2048, 16, 64, 64),
-            (32, 1024, 16, 64, 64),
-            (1, 2048, 8, 128, 128),
-            (2, 8192, 8, 128, 128),
-            (1, 32768, 8, 128, 128),
-            (8, 1024, 32, 128, 128),
-            (1, 8192, 4, 128, 256),
-            (1, 8192, 4, 256, 512),
-        )
-    )
-    wide_gate = (make_problem(SHAPES[1], gate_dtype=DType.FP32),)
-    ranks = tuple(make_problem(SHAPES[1], Gate.LOWRANK, rank) for rank in (32, 64))
-    long_lowrank = (
-        make_problem(SHAPES[2], Gate.LOWRANK, 16),
-        make_problem((1, 2048, 8, 128, 128), Gate.LOWRANK, 16),
-        make_problem(SHAPES[3], Gate.LOWRANK, 16),
-    )
-    halves = (make_problem(SHAPES[1], dtype=DType.FP16), make_problem(SHAPES[0], dtype=DType.FP16))
-    standard = (*vector, *lowrank)
-    return {
-        "quick": (vector[1],),
-        "standard": standard,
-        "full": (*standard, *more, *wide_gate, *ranks, *long_lowrank, *halves),
-    }
-
-
-SUITES: dict[str, tuple[Problem, ...]] = _suites()
-"""Named sets of problems."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Segments in the backward pass, packed batches, grouped heads: kernels against PyTorch in fp64."""
+"""Segments backward, packed batches, grouped heads: kernels against PyTorch in fp64."""
 
 from __future__ import annotations
 
@@ -134,7 +134,6 @@ def forward(x: Batch, cfg: ForwardConfig) -> tuple[Tensor, Tensor]:
         )
     assert state is not None
     return o, state
-
 
 
 def named(grads: Any, lowrank: bool) -> dict[str, Tensor]:

@@ -216,7 +216,7 @@ def test_are_exact_for_every_gate(
 def test_hard_gates_in_windows(name: str) -> None:
     """Only windows with hard gates leave the fast kernel, and the others take over from them."""
     keys, values, cfg = CONFIGS[name]
-    chunk = cfg.grads.chunk
+    chunk = cfg.chunk_step
     x = drawn(keys, values, tokens=2 * chunk + 3)
     assert x.g is not None
     middle = x.g[:, chunk : 2 * chunk]
@@ -339,7 +339,7 @@ def out_of_range(monkeypatch: pytest.MonkeyPatch, start: float, midpoint: float)
     """Limits of the start anchor in every kernel, and of the midpoint anchor."""
     constexpr = importlib.import_module("triton.language").constexpr
     folder = "glac.kernel_templates"
-    for kernel in ("gla_states", "gla_bwd", "gla_bwd_dv"):
+    for kernel in ("gla_bwd", "gla_bwd_dv"):
         module = importlib.import_module(f"{folder}.{kernel}")
         monkeypatch.setattr(module, "START_RANGE_LOG2", constexpr(start))
     for kernel in ("gla_bwd_exact", "_exact"):
