@@ -43,6 +43,10 @@ _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda i: 0)
 
 
+def _on_gpu(q: Tensor) -> bool:
+    return q.is_cuda
+
+
 class _Note(NamedTuple):
     kernel: DeviceKernel
     tensors: tuple[Tensor | None, ...]
@@ -198,7 +202,9 @@ def bind(
     """
     from glac import engine
 
-    if key is None or key in dispatch.bound or not engine._launchable(problem, q):
+    if key is None or key in dispatch.bound or not _on_gpu(q):
+        return
+    if not engine._launchable(problem, q):
         return
     plan = dispatch.resolve(problem, q.device.index)[1]
     if plan is None or not all(isinstance(x, DeviceKernel) for x in plan.kernels.values()):
@@ -254,7 +260,9 @@ def bind_backward(
     from glac import engine
     from glac.backward import run_backward
 
-    if key is None or key in dispatch.bound or not engine._launchable(problem, q):
+    if key is None or key in dispatch.bound or not _on_gpu(q):
+        return
+    if not engine._launchable(problem, q):
         return
     plan = dispatch.resolve(problem, q.device.index, Op.BACKWARD)[1]
     if plan is None or not all(isinstance(x, DeviceKernel) for x in plan.kernels.values()):

@@ -70,6 +70,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
     monkeypatch.setattr(fast, "_raw_stream", lambda index: 5)
     monkeypatch.setattr(fast, "_current_device", lambda: None)
+    monkeypatch.setattr(fast, "_on_gpu", lambda q: True)
     monkeypatch.delenv("GLAC_CHECKED", raising=False)
     monkeypatch.delenv("GLAC_REQUIRE_AOT", raising=False)
     # No address comes twice, so that each stands for one tensor.
@@ -321,14 +322,14 @@ def test_what_has_to_see_a_call_sees_it(
 
     class Sub(Tensor):
         @classmethod
-        def __torch_dispatch__(
+        def __torch_dispatch__(  # type: ignore[override]
             cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             return func(*args, **(kwargs or {}))
 
     numbers = ((None,), False)
     assert fast.key_of((*x, None), *numbers) in dispatch.bound
-    with Mode():
+    with Mode():  # type: ignore[no-untyped-call]
         assert fast.key_of((*x, None), *numbers) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fast.key_of((*x, None), *numbers) is None
