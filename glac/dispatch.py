@@ -90,9 +90,11 @@ bound: dict[Any, Any] = {}
 
 
 def _after_fork() -> None:
-    """In a child: another thread of the parent may have held the lock, and is not here."""
+    """In a child: what was loaded is not there, nor a thread that may have held the lock."""
     global _lock
     _lock = threading.RLock()
+    _served.clear()
+    bound.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -331,6 +333,8 @@ def device_facts(device: int) -> Device:
     Raises:
         MissingEnvironmentError: there is no CUDA driver.
     """
+    import torch
+
     from glac.driver import driver_version
 
     props = torch.cuda.get_device_properties(device)

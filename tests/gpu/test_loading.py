@@ -162,7 +162,7 @@ def test_c_gives_the_same_bits(packed: Packed, tmp_path: Path, gate: str) -> Non
     compiler = ["gcc", "-O1", f"-I{tmp_path}", f"-I{header}/include"]
     compiler += [f'-DGLAC_HEADER="{header_file.name}"']
     compiler += [f"-DGLAC_PREFIX=glac_{pack.arch.replace('_', '')}"]
-    compiler += ["examples/c/prefill.c", str(source), "-ldl", "-l:libcuda.so.1"]
+    compiler += ["examples/c/prefill.c", str(source), "-ldl", _driver()]
     run = [str(program), str(tmp_path / "cases" / "prefill"), str(tmp_path / "cases/next_token")]
     for command in (case, [*compiler, "-o", str(program)], run):
         done = subprocess.run(
@@ -175,6 +175,13 @@ def test_c_gives_the_same_bits(packed: Packed, tmp_path: Path, gate: str) -> Non
         )
         assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "bit-identical"
+
+
+def _driver() -> str:
+    """The driver that this process has loaded."""
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    maps = Path("/proc/self/maps").read_text().split()
+    return next(word for word in maps if "/libcuda.so" in word)
 
 
 def _has_header(folder: str) -> bool:
