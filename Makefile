@@ -1,4 +1,4 @@
-# make quickstart | test | lint | clean
+# make quickstart | test | lint | wheel | clean
 #
 # The first call makes .venv and fills it from requirements.lock; later calls use it as it is and
 # reach for no network until the lock, pyproject.toml or the version change.
@@ -21,7 +21,7 @@ RUN := $(GLAC_PYTHON)
 READY :=
 endif
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint wheel clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(READY)
@@ -41,6 +41,16 @@ lint: $(READY)
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
+# dist/glac-*.whl with packs for every listed GPU inside: what users of these GPUs install. Packs are
+# build products, so no commit holds them; a second call compiles only what has changed. Until `make
+# clean`, kernels of this checkout come from them too, after those of GLAC_PACK_PATH and the cache.
+wheel: $(READY)
+	@$(RUN) -m glac build --shipped
+	@rm -rf build
+	@$(RUN) -m pip --disable-pip-version-check wheel --no-deps --no-build-isolation --no-index \
+		--wheel-dir dist .
+	@rm -rf build
+
 # A half-filled environment has no stamp, so the next call takes up where this one stopped.
 $(VENV)/.locked: requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -53,5 +63,5 @@ $(VENV)/.project: $(VENV)/.locked pyproject.toml glac/__init__.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist glac.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist glac/packs glac.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,14 +11,14 @@ Gradients have gradients nowhere: asking for one raises ``NotDifferentiableError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from glac import engine, ops
+from glac import engine, fast, ops
 from glac.errors import NotDifferentiableError
 from glac.plan import GateInput
 from glac.problem import Problem
@@ -28,7 +28,7 @@ _transforms = torch._C._are_functorch_transforms_active
 _ordinary = torch._C._disabled_torch_dispatch_impl
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A call without its tensors; ``inv_normalizer`` and ``clamp`` are those of ``GateInput``."""
 
     problem: Problem
@@ -37,6 +37,7 @@ class _Call(NamedTuple):
     scale: float
     output_final_state: bool
     chunk_size: int
+    key: Hashable | None = None  # under which glac.fast may remember it
 
 
 def _observed(tensors: Sequence[Tensor | None]) -> bool:
@@ -80,10 +81,11 @@ def attend(
     output_final_state: bool,
     chunk_size: int,
     cu: Tensor | None = None,
+    key: Hashable | None = None,
 ) -> engine.Result:
     """``glac.engine.forward`` with gradients, in eager and in traced code.
 
-    Arguments and results are those of ``glac.engine.forward``.
+    Arguments and results are those of ``glac.engine.forward``; ``key`` is that of ``glac.fast``.
 
     Raises:
         InputError: checked mode, and a gate is positive or NaN.
@@ -100,7 +102,8 @@ def attend(
         return engine.forward(
             problem, q, k, v, gate, scale, initial_state, output_final_state, chunk_size, cu
         )
-    call = _Call(problem, gate.inv_normalizer, gate.clamp, scale, output_final_state, chunk_size)
+    numbers = (gate.inv_normalizer, gate.clamp, scale)
+    call = Call(problem, *numbers, output_final_state, chunk_size, key)
     result: engine.Result
     if not observed:
         result = _Attention.apply(call, *tensors)  # type: ignore[no-untyped-call]
@@ -111,13 +114,54 @@ def attend(
     return result
 
 
+def attend_bound(bound: fast.Bound, tensors: Sequence[Tensor | None]) -> engine.Result | None:
+    """A call that ``glac.fast`` remembers; ``None`` if it has to go the long way after all.
+
+    Args:
+        bound: what it launches.
+        tensors: q, k, v, those of the gate, the initial state.
+    """
+    result: Any
+    if not _wants_grad(tensors):
+        result = bound.run(tensors)
+        return result  # type: ignore[no-any-return]
+    result = _Attention.apply(bound.call, *tensors, None)  # type: ignore[no-untyped-call]
+    return result  # type: ignore[no-any-return]
+
+
+def remember(
+    key: Hashable | None,
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: GateInput,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    chunk_size: int,
+) -> None:
+    """Let ``glac.fast`` remember a call that went well, under the key that it gave for it."""
+    if key is None:
+        return
+    call = Call(
+        problem, gate.inv_normalizer, gate.clamp, scale, output_final_state, chunk_size, key
+    )
+    fast.bind(key, problem, q, k, v, gate, scale, initial_state, output_final_state, call)
+
+
 def _numbers(gate: GateInput) -> tuple[float, ...]:
     """What the operators of this kind of gate take besides tensors."""
     return (gate.inv_normalizer, gate.clamp) if gate.lowrank else ()
 
 
-def _forward(call: _Call, *tensors: Any) -> engine.Result:
+def _forward(call: Call, *tensors: Any) -> engine.Result:
     """The forward pass. Tensors are q, k, v, the gate's, the initial state, the boundaries."""
+    bound = fast.find(call.key)
+    if bound is not None:
+        result: Any = bound.run(tensors[:-1])
+        if result is not None:
+            return result  # type: ignore[no-any-return]
     q, k, v, *gates, initial_state, cu = tensors
     gate = GateInput(tuple(gates), call.inv_normalizer, call.clamp)
     if _observed(tensors):
@@ -141,7 +185,7 @@ def _forward(call: _Call, *tensors: Any) -> engine.Result:
 
 
 def _backward(
-    call: _Call, dh0: bool, do: Tensor, dht: Tensor | None, *tensors: Any
+    call: Call, dh0: bool, do: Tensor, dht: Tensor | None, *tensors: Any
 ) -> tuple[Tensor | None, ...]:
     """The backward pass: a gradient for each of ``tensors``, of the initial state if ``dh0``."""
     q, k, v, *gates, initial_state, cu = tensors
@@ -152,6 +196,12 @@ def _backward(
             *tensors, do, dht, *_numbers(gate), call.scale, call.chunk_size
         )
         return *grads, None
+    key = None if cu is not None else fast.backward_key(call.key, do, dht, dh0)
+    bound = fast.find(key)
+    if bound is not None:
+        found = bound.run((*tensors[:-1], do, dht))
+        if found is not None:
+            return *found, None
     dq, dk, dv, dgates, dstate = engine.backward(
         call.problem,
         q,
@@ -166,6 +216,9 @@ def _backward(
         dh0=dh0,
         cu=cu,
     )
+    if key is not None:
+        arguments = (call.problem, q, k, v, gate, call.scale, initial_state, do, dht, dh0)
+        fast.bind_backward(key, *arguments)
     return dq, dk, dv, *dgates, dstate, None
 
 
@@ -181,7 +234,7 @@ class _Attention(torch.autograd.Function):
     """The node of an eager call. Its form is the one that PyTorch enters fastest, by 15 us."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Any) -> engine.Result:
+    def forward(ctx: Any, call: Call, *tensors: Any) -> engine.Result:
         engine.require_backward(call.problem, tensors[0])
         _keep(ctx, (call, *tensors), None)
         return _forward(call, *tensors)
@@ -207,7 +260,7 @@ class _TransformedAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(call: _Call, *tensors: Any) -> engine.Result:
+    def forward(call: Call, *tensors: Any) -> engine.Result:
         return _forward(call, *tensors)
 
     @staticmethod

@@ -21,7 +21,6 @@ its inputs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from glac.configs import BackwardConfig
@@ -35,6 +34,7 @@ from glac.plan import (
     strides,
 )
 from glac.problem import Problem
+from glac.record import dataclass
 from glac.templates import state_dtype, stride_unit, tiles
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from glac.configs import (
 from glac.errors import CompileError, ConfigError, GlacError, PackError
 from glac.gpus import GPUS, RELATIVES, GpuSpec, gpu_by_name
 from glac.kernelspec import KernelSpec, config_kernels
-from glac.pack import Pack, PackRow, read_pack, write_pack
-from glac.problem import DType, Gate, Op, Problem, Specialisation
+from glac.pack import Pack, PackRow, read_pack, same_rows, write_pack
+from glac.problem import Bucket, DType, Gate, Op, Problem, Specialisation
 from glac.templates import templates_sha256
 from glac.tuned import TunedFile, load_tuned, shipped
 
@@ -79,12 +79,14 @@ class BuildResult:
         warnings: what a user should know: binaries other than the certified ones, configs that
             had to step down, problems left out.
         seconds: the build took.
+        compiled: kernels that were compiled; the others were in the pack that was there before.
     """
 
     path: Path
     pack: Pack
     warnings: tuple[str, ...]
     seconds: float
+    compiled: int
 
     @property
     def facts(self) -> list[KernelFacts]:
@@ -232,21 +234,102 @@ def _failure(result: CompiledKernel | GlacError, gpu: GpuSpec) -> GlacError | No
     return result if isinstance(result, GlacError) else None
 
 
+@dataclass(frozen=True)
+class _Earlier:
+    """What an earlier build with the same tools, sources and version of glac left.
+
+    Attributes:
+        kernels: what it compiled, verified.
+        configs: of its heuristic rows.
+    """
+
+    kernels: dict[KernelSpec, CompiledKernel]
+    configs: dict[tuple[str, Op, Specialisation, Bucket], Config]
+
+    def settled(self, row: _Wanted) -> _Wanted | None:
+        """``row`` with the config that it stepped down to then, if it did."""
+        key = (row.gpu.name, row.config.op, row.problem.spec, row.problem.bucket)
+        config = self.configs.get(key)
+        if row.source == "tuned" or config is None or config == row.config:
+            return None
+        return replace(row, config=config) if _stepped_down(config, row.config) else None
+
+
+def _stepped_down(config: Config, start: Config) -> bool:
+    """Whether ``_step_down`` can have made ``config`` from ``start``."""
+    if type(config) is not type(start):
+        return False
+    for part in dict.fromkeys(start.PARTS.values()):
+        first, now = getattr(start, part), getattr(config, part)
+        if first is None or now is None:
+            if first is not now:
+                return False
+        elif now not in (first, *_smaller(first)) and part != "states":
+            return False
+    return getattr(config, "segment", 0) == getattr(start, "segment", 0)
+
+
+def _earlier(path: Path, arch: str, tools: Toolchain) -> _Earlier:
+    """What the pack at ``path`` can be taken over from; nothing if it is not exactly ours."""
+    kernels: dict[KernelSpec, CompiledKernel] = {}
+    configs: dict[tuple[str, Op, Specialisation, Bucket], Config] = {}
+    try:
+        pack = read_pack(path)
+        if (
+            pack.arch == arch
+            and pack.glac == __version__
+            and pack.toolchain == tools.to_dict()
+            and pack.templates_sha256 == templates_sha256(pack.templates_sha256)
+        ):
+            for item in pack.kernels.values():
+                kernels[item.kernel] = CompiledKernel(
+                    kernel=item.kernel,
+                    cubin=pack.read_cubin(item.name),
+                    sha256=item.sha256,
+                    symbol=item.symbol,
+                    shared=item.shared,
+                    registers=item.registers,
+                    spill_bytes=item.spill_bytes,
+                    scratch_bytes=item.scratch_bytes,
+                    num_warps=item.num_warps,
+                )
+            for row in pack.rows:
+                if row.source != "tuned":
+                    configs[row.gpu, row.op, row.spec, row.bucket] = row.config
+    except PackError:  # missing or damaged: built anew
+        return _Earlier({}, {})
+    return _Earlier(kernels, configs)
+
+
 def _compile_rows(
-    wanted: Sequence[_Wanted], jobs: int | None, progress: Progress | None
+    wanted: Sequence[_Wanted],
+    jobs: int | None,
+    progress: Progress | None,
+    earlier: _Earlier | None = None,
 ) -> tuple[list[_Wanted], Results, list[str]]:
     """Compile every row's kernels, stepping heuristic rows down until they fit."""
     results: Results = {}
     settled: list[_Wanted] = []
     warnings: list[str] = []
     pending = list(wanted)
+    if earlier is not None:
+        results.update(earlier.kernels)
+        for index, row in enumerate(pending):
+            lesser = earlier.settled(row)
+            if lesser is not None:
+                pending[index] = lesser
+                warnings.append(
+                    f"{row}: {row.config.slug} steps down to {lesser.config.slug}: as before"
+                )
+    known = len(results)
     while pending:
         todo = [
             kernel
             for kernel in dict.fromkeys(k for row in pending for k in row.kernels())
             if kernel not in results
         ]
-        before, total = len(results), len(results) + len(todo)
+        before = len(results) - known
+        total = before + len(todo)
         done = 0
 
         def on_done(
@@ -288,6 +371,35 @@ def _compile_rows(
     return settled, results, sorted(warnings)
 
 
+def _changes_since(file: TunedFile, op: Op, tools: Toolchain) -> list[str]:
+    """What has changed since the binaries of a tuned file were made."""
+    then_templates, templates = file.environment.templates_sha256[op], templates_sha256([op])[op]
+    changes = []
+    for what, then, now in (
+        ("triton", file.environment.triton, tools.triton),
+        ("ptxas", file.environment.ptxas, tools.ptxas),
+        ("templates", then_templates[:12], templates[:12]),
+    ):
+        if then != now:
+            changes.append(f"{what} {then or 'unknown'} then, {now} now")
+    return changes
+
+
+def _forget_uncertified(earlier: _Earlier, file: TunedFile, op: Op, tools: Toolchain) -> None:
+    """Take over no binary of an earlier build where there is a certified one that differs."""
+    if op not in file.environment.templates_sha256 or _changes_since(file, op, tools):
+        return
+    certified = {
+        kernel.name: kernel.cubin_sha256
+        for row in file.rows
+        if row.op is op
+        for kernel in row.kernels
+    }
+    for kernel, built in list(earlier.kernels.items()):
+        if certified.get(kernel.name, built.sha256) != built.sha256:
+            del earlier.kernels[kernel]
+
+
 def _check_certified(file: TunedFile, op: Op, results: Results, tools: Toolchain) -> str | None:
     """Compare with the binaries that were checked and timed; a warning if they differ.
 
@@ -305,15 +417,7 @@ def _check_certified(file: TunedFile, op: Op, results: Results, tools: Toolchain
             )
     if not different:
         return None
-    then_templates, templates = file.environment.templates_sha256[op], templates_sha256([op])[op]
-    changes = []
-    for what, then, now in (
-        ("triton", file.environment.triton, tools.triton),
-        ("ptxas", file.environment.ptxas, tools.ptxas),
-        ("templates", then_templates[:12], templates[:12]),
-    ):
-        if then != now:
-            changes.append(f"{what} {then or 'unknown'} then, {now} now")
+    changes = _changes_since(file, op, tools)
     if not changes:
         name, text = sorted(different.items())[0]
         raise CompileError(
@@ -334,8 +438,14 @@ def build_packs(
     jobs: int | None = None,
     progress: Progress | None = None,
     configs_dir: Path | str | None = None,
+    *,
+    zipped: bool = False,
+    fresh: bool = False,
 ) -> list[BuildResult]:
     """Build one pack for each arch among ``gpus``, at ``out/<arch>``.
+
+    Kernels that a pack there already holds are taken over if the same version of glac made them,
+    from the same templates, with the same tools. A pack that would not change is left untouched.
 
     Args:
         gpus: names, as after ``--gpu``.
@@ -343,6 +453,8 @@ def build_packs(
         jobs: kernels compiled at a time; one for each CPU if None.
         progress: called after each kernel, in the thread of the caller.
         configs_dir: folder of tuned files, instead of those that came with glac.
+        zipped: write ``out/<arch>.zip`` instead of folders.
+        fresh: compile every kernel, whatever is there.
 
     Returns:
         One result for each arch, in alphabetical order.
@@ -373,7 +485,11 @@ def build_packs(
             rows_of_gpu, files = _planned(gpu, folder)
             wanted += rows_of_gpu
             sources.update(((file.gpu, op), file) for file, op in files)
-        rows, compiled, warnings = _compile_rows(wanted, jobs, progress)
+        path = Path(out) / (f"{arch}.zip" if zipped else arch)
+        earlier = _Earlier({}, {}) if fresh else _earlier(path, arch, tools)
+        for (_, op), file in sources.items():
+            _forget_uncertified(earlier, file, op, tools)
+        rows, compiled, warnings = _compile_rows(wanted, jobs, progress, earlier)
         for (_, op), file in sorted(sources.items(), key=lambda item: item[0]):
             warning = _check_certified(file, op, compiled, tools)
             if warning:
@@ -384,10 +500,16 @@ def build_packs(
             for kernel, result in compiled.items()
             if kernel in needed and isinstance(result, CompiledKernel)
         ]
-        path = Path(out) / arch
-        pack = write_pack(path, arch, kernels, [row.row() for row in rows], tools)
+        packed_rows = [row.row() for row in rows]
+        new = [kernel for kernel in compiled if kernel not in earlier.kernels]
+        pack = None
+        if not new and {item.kernel for item in kernels} == set(earlier.kernels):
+            with contextlib.suppress(PackError):
+                pack = read_pack(path)
+        if pack is None or not same_rows(pack.rows, packed_rows):
+            pack = write_pack(path, arch, kernels, packed_rows, tools)
         seconds = time.perf_counter() - started
-        results.append(BuildResult(path, pack, tuple(warnings), seconds))
+        results.append(BuildResult(path, pack, tuple(warnings), seconds, len(new)))
     return results
 
 

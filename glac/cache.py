@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from glac.archive import MANIFEST
 from glac.errors import PackError
 from glac.gpus import ARCHS
-from glac.pack import MANIFEST
 from glac.settings import Settings
 
 _CUBIN = re.compile(r"[0-9a-f]{64}\.cubin")

@@ -414,20 +414,53 @@ def quickstart(out: Path | None, jobs: int | None, no_tune: bool, cpu: bool) -> 
 @click.option("--out", type=FOLDER, help="Folder of the packs [in the cache].")
 @click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at a time [all CPUs].")
 @click.option("--configs", type=FOLDER, help="Folder of tuned YAML files [those shipped].")
+@click.option("--zip", "zipped", is_flag=True, help="Write OUT/ARCH.zip instead of a folder.")
+@click.option(
+    "--shipped", is_flag=True, help="Fill the installed package with zips for every listed GPU."
+)
+@click.option("--fresh", is_flag=True, help="Compile kernels that the packs already hold, too.")
+@click.option(
+    "--emit",
+    "emit_language",
+    type=click.Choice(["c"]),
+    help="Also write OUT/glac_ARCH.h and .c: kernels and launches for C and C++.",
+)
 @common_options
-def build(gpus: tuple[str, ...], out: Path | None, jobs: int | None, configs: Path | None) -> None:
+def build(
+    gpus: tuple[str, ...],
+    out: Path | None,
+    jobs: int | None,
+    configs: Path | None,
+    zipped: bool,
+    shipped: bool,
+    fresh: bool,
+    emit_language: str | None,
+) -> None:
     """Compile kernel packs from tuned configs; needs no GPU."""
     from glac.build import build_packs
-    from glac.settings import load_settings
+    from glac.settings import load_settings, shipped_pack_dir
 
-    folder = out or load_settings().build_dir
-    names = list(dict.fromkeys(gpus or DEFAULT_BUILD))
+    if shipped and (gpus or out or configs):
+        raise click.UsageError("--shipped has its own GPUs, folder and configs")
+    if zipped and not out:
+        raise click.UsageError("--zip needs --out: the cache holds folders")
+    folder = shipped_pack_dir() if shipped else out or load_settings().build_dir
+    names = sorted(GPUS) if shipped else list(dict.fromkeys(gpus or DEFAULT_BUILD))
 
     def on_kernel(done: int, total: int, name: str) -> None:
         progress(f"[{done}/{total}] {name}")
 
     try:
-        results = build_packs(names, folder, jobs=jobs, progress=on_kernel, configs_dir=configs)
+        results = build_packs(
+            names,
+            folder,
+            jobs=jobs,
+            progress=on_kernel,
+            configs_dir=configs,
+            zipped=zipped or shipped,
+            fresh=fresh,
+        )
+        sources = _emit_c([result.pack for result in results], folder) if emit_language else []
     except OSError as error:
         raise MissingEnvironmentError(
             f"cannot write {folder}: {error.strerror or error}", hint="choose a folder with --out"
@@ -437,10 +470,19 @@ def build(gpus: tuple[str, ...], out: Path | None, jobs: int | None, configs: Pa
         for warning in result.warnings:
             progress(f"warning: {warning}")
         data.append({**_pack_data(result.pack), "warnings": list(result.warnings)})
-        data[-1]["seconds"] = round(result.seconds, 1)
-        texts.append(f"{_pack_title(result.pack)}, {result.seconds:.0f} s\n")
+        data[-1].update(seconds=round(result.seconds, 1), compiled=result.compiled)
+        took = f"{result.compiled} kernels compiled, {result.seconds:.0f} s"
+        texts.append(f"{_pack_title(result.pack)}, {took}\n")
         texts.append(_kernel_table(result.pack) + "\n")
-    emit({"packs": data}, "\n".join(texts).rstrip())
+    texts += [str(path) for path in sources]
+    emit({"packs": data, "sources": sources}, "\n".join(texts).rstrip())
+
+
+def _emit_c(packs: Sequence[Pack], folder: Path) -> list[Path]:
+    """C sources beside the packs."""
+    from glac.emit_c import write_c
+
+    return [path for item in packs for path in write_c(item, folder)]
 
 
 def _kernel_rows(pack: Pack) -> list[dict[str, Any]]:
@@ -658,10 +700,12 @@ def pack() -> None:
 
 def _packs_at(path: Path) -> list[Pack]:
     """The pack at ``path``, or the packs of a folder that ``glac build`` wrote."""
-    from glac.pack import MANIFEST, read_pack
+    from glac.archive import MANIFEST
+    from glac.pack import read_pack
 
     if path.is_dir() and not (path / MANIFEST).is_file():
-        inner = [path / arch for arch in ARCHS if (path / arch / MANIFEST).is_file()]
+        places = (path / name for arch in ARCHS for name in (arch, f"{arch}.zip"))
+        inner = [place for place in places if place.is_file() or (place / MANIFEST).is_file()]
         if inner:
             return [read_pack(folder) for folder in inner]
     return [read_pack(path)]
@@ -695,20 +739,58 @@ def pack_show(path: Path) -> None:
 
 @pack.command("verify")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--device",
+    is_flag=True,
+    help="Check it against this machine's GPU too, and load every kernel.",
+)
 @common_options
-def pack_verify(path: Path) -> None:
+def pack_verify(path: Path, device: bool) -> None:
     """Check every field and every byte of a pack."""
+    from glac.archive import MANIFEST, members
+    from glac.pack import cubin_member
     from glac.templates import templates_sha256
 
     data, lines = [], []
     for item in _packs_at(path):
         size = sum(len(item.read_cubin(name)) for name in item.kernels)
         fresh = item.templates_sha256 == templates_sha256(item.templates_sha256)
+        listed = {MANIFEST, *(cubin_member(kernel.sha256) for kernel in item.kernels.values())}
+        others = [name for name in members(item.path) if name not in listed]
         data.append({"path": str(item.path), "arch": item.arch, "kernels": len(item.kernels)})
-        data[-1].update(rows=len(item.rows), bytes=size, current_templates=fresh)
+        data[-1].update(rows=len(item.rows), bytes=size, current_templates=fresh, others=others)
         note = "" if fresh else "; built from other templates than those installed"
+        if others:
+            note += f"; {len(others)} files that it does not use, such as {others[0]}"
+        if device:
+            took = _load_all(item)
+            data[-1]["load_ms"] = took
+            note += f"; verified and loaded on this GPU in {took:.0f} ms"
         lines.append(f"ok: {_pack_title(item)}, {size} bytes of code{note}")
     emit({"packs": data}, "\n".join(lines))
+
+
+def _load_all(pack: Pack) -> float:
+    """Load every kernel of a pack on the current device; milliseconds with reading and checks."""
+    _need("torch")
+    _device_spec()
+    import time
+
+    import torch
+
+    from glac.dispatch import device_facts
+    from glac.fit import check_fit
+    from glac.launch import load_from_pack
+    from glac.pack import read_pack
+
+    index = torch.cuda.current_device()
+    torch.cuda.synchronize(index)
+    start = time.perf_counter()
+    again = read_pack(pack.path)
+    check_fit(again, again.kernels, device_facts(index))
+    for name in again.kernels:
+        load_from_pack(again, name, index).load_now()
+    return (time.perf_counter() - start) * 1e3
 
 
 @pack.command("list")

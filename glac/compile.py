@@ -8,6 +8,7 @@ ptxas 12.9.86 and refuses older ones for sm_90a. Its cubins load on every driver
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -182,16 +183,41 @@ class _PinnedAssembler:
 _pinned_assembler = _PinnedAssembler()
 
 
+_READ_PERSONALITY = 0xFFFFFFFF
+_ADDR_NO_RANDOMIZE = 0x0040000
+
+
+@contextlib.contextmanager
+def fixed_addresses() -> Iterator[None]:
+    """Programs that this thread starts get the same memory addresses every time.
+
+    ptxas puts some of its decisions in the order of addresses. With these drawn at random, as is
+    usual, a kernel of the low-rank backward pass came out as one of two binaries, the rarer one in
+    a fifth of the runs. Where the system forbids it (some containers do), nothing is changed.
+    """
+    try:
+        personality = ctypes.CDLL(None).personality
+    except (AttributeError, OSError):  # not Linux
+        yield
+        return
+    personality.argtypes = [ctypes.c_ulong]
+    before = personality(_READ_PERSONALITY)
+    if before != -1:
+        personality(before | _ADDR_NO_RANDOMIZE)
+    try:
+        yield
+    finally:
+        if before != -1:
+            personality(before)
+
+
 def _resource_use(ptx: str, arch: str, ptxas: Path) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        done = subprocess.run(
-            [str(ptxas), "-v", f"-arch={arch}", str(source), "-o", os.devnull],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [str(ptxas), "-v", f"-arch={arch}", str(source), "-o", os.devnull]
+        with fixed_addresses():
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
     registers = re.search(r"Used (\d+) registers", done.stderr)
     # One line for the kernel and one for each function it calls.
     spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
@@ -223,7 +249,7 @@ def compile_kernel(kernel: KernelSpec, tools: Toolchain | None = None) -> Compil
     }
     target = backends.GPUTarget("cuda", ARCHS[kernel.arch], 32)
     try:
-        with _pinned_assembler(tools.ptxas_path):
+        with _pinned_assembler(tools.ptxas_path), fixed_addresses():
             built = triton.compile(ast_source(kernel), target=target, options=options)
     except GlacError:
         raise

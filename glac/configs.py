@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from glac.errors import ConfigError
 from glac.gpus import GpuSpec
 from glac.problem import Bucket, DType, Gate, Op, Specialisation, strict_fields, strict_int
+from glac.record import dataclass
 
 CHUNKS = (16, 32, 64, 128)
 BLOCKS_K = (16, 32, 64, 128, 256)

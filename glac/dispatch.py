@@ -10,20 +10,24 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from glac.configs import BackwardConfig, Config, ForwardConfig, default_config
 from glac.errors import GlacError, KernelNotFoundError, PackError
+from glac.fit import Device, check_fit, row_fits, runs_on
 from glac.gpus import ARCHS, GPUS, RELATIVES, GpuSpec, match_gpu
 from glac.pack import Pack, PackRow, read_pack
 from glac.plan import Kernel, Plan
 from glac.problem import Bucket, Op, Problem, Specialisation
-from glac.settings import Settings, load_settings
+from glac.record import dataclass
+from glac.settings import Settings, load_settings, shipped_pack_dir
 
 if TYPE_CHECKING:
     import torch
@@ -67,10 +71,12 @@ class Stats:
     Attributes:
         decisions: problems resolved, by provider.
         compiled: kernels compiled at run time; 0 is what a serving process wants to see.
+        loaded: kernels this process has loaded, over all devices; ``clear`` keeps them.
     """
 
     decisions: dict[str, int] = field(default_factory=dict)
     compiled: int = 0
+    loaded: int = 0
 
 
 _lock = threading.RLock()
@@ -79,23 +85,37 @@ _stats = Stats()
 _served: dict[tuple[Op, Specialisation, Bucket, int], tuple[Decision, Kernels | None]] = {}
 
 
+bound: dict[Any, Any] = {}
+"""Calls that ``glac.fast`` remembers; they hold decisions, so they are forgotten with them."""
+
+
+def _after_fork() -> None:
+    """In a child: what was loaded is not there, nor a thread that may have held the lock."""
+    global _lock
+    _lock = threading.RLock()
+    _served.clear()
+    bound.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def stats() -> Stats:
-    """Counters of what dispatch did so far."""
-    return Stats(dict(_stats.decisions), _stats.compiled)
+    """Counters of what dispatch did so far; also as ``glac.stats``."""
+    launch = sys.modules.get("glac.launch")
+    loaded = launch.loaded_kernels() if launch else 0
+    return Stats(dict(_stats.decisions), _stats.compiled, loaded)
 
 
 def clear() -> None:
     """Forget every decision and pack listing, for example after a new pack was built."""
     with _lock:
         _served.clear()
+        bound.clear()
         _stats.decisions.clear()
         _stats.compiled = 0
         installed_packs.cache_clear()
-
-
-def shipped_pack_dir() -> Path:
-    """Packs inside the installed package."""
-    return Path(__file__).parent / "packs"
 
 
 def pack_roots(settings: Settings) -> list[Path]:
@@ -160,8 +180,21 @@ def _nearness(bucket: Bucket, wanted: Bucket) -> tuple[int, int]:
     return bucket.distance(wanted), bucket.bh + bucket.t
 
 
+def family_of(gpu: GpuSpec) -> tuple[str, ...]:
+    """Names of the GPUs whose rows serve ``gpu``, its own first.
+
+    A device that is not listed takes after the listed ones that need no more shared memory.
+    """
+    if gpu.name in RELATIVES:
+        return (gpu.name, *RELATIVES[gpu.name])
+    kin = (spec for spec in GPUS.values() if spec.arch == gpu.arch)
+    able = [spec for spec in kin if spec.shared_per_block <= gpu.shared_per_block]
+    able.sort(key=lambda spec: (-spec.shared_per_block, abs(spec.sm_count - gpu.sm_count)))
+    return tuple(spec.name for spec in able)
+
+
 def _rank(row: PackRow, gpu: GpuSpec, bucket: Bucket) -> tuple[int, int, int, int]:
-    family = (gpu.name, *RELATIVES.get(gpu.name, ()))
+    family = family_of(gpu)
     kinship = family.index(row.gpu) if row.gpu in family else len(family)
     guessed = int(row.source != "tuned")
     return guessed, kinship, *_nearness(row.bucket, bucket)
@@ -179,10 +212,17 @@ def _from_packs(
     packs: Sequence[Pack], problem: Problem, gpu: GpuSpec, op: Op, tried: list[str]
 ) -> tuple[Pack, PackRow] | None:
     for pack in packs:
-        row = best_row(pack.rows, problem, gpu, op)
+        hits = [row for row in pack.rows if row.op is op and row.spec == problem.spec]
+        fitting = [
+            row for row in hits if row_fits((pack.kernels[k] for k in row.kernels.values()), gpu)
+        ]
+        row = best_row(fitting, problem, gpu, op)
         if row is not None:
             return pack, row
-        tried.append(f"{pack.path}: no {op.value} row for {problem.spec.slug}")
+        reason = f"no {op.value} row for {problem.spec.slug}"
+        if hits:
+            reason += f" within {gpu.shared_per_block} bytes of shared memory"
+        tried.append(f"{pack.path}: {reason}")
     return None
 
 
@@ -262,7 +302,7 @@ def miss_config(problem: Problem, gpu: GpuSpec, op: Op = Op.FORWARD) -> Config:
     except ImportError:
         return default
 
-    for name in (gpu.name, *RELATIVES.get(gpu.name, ())):
+    for name in family_of(gpu):
         file = shipped(name)
         rows = file.rows if file else ()
         hits = [row for row in rows if row.op is op and row.spec == problem.spec]
@@ -286,9 +326,39 @@ def _build_on_miss(
     return pack, row
 
 
+@functools.cache
+def device_facts(device: int) -> Device:
+    """What a CUDA device lets run.
+
+    Raises:
+        MissingEnvironmentError: there is no CUDA driver.
+    """
+    import torch
+
+    from glac.driver import driver_version
+
+    props = torch.cuda.get_device_properties(device)
+    capability = (props.major, props.minor)
+    return Device(props.name, capability, _shared_per_block(props), driver_version())
+
+
+def _shared_per_block(props: Any) -> int:
+    """Bytes that a block may ask for; where PyTorch does not tell, those of the smallest kin."""
+    told = getattr(props, "shared_memory_per_block_optin", None)
+    if told is not None:
+        return int(told)
+    known = [
+        spec.shared_per_block
+        for spec in GPUS.values()
+        if spec.capability[0] == props.major and (spec.capability[1] == 0) == (props.minor == 0)
+    ]
+    return min(known, default=0)
+
+
 def _load(pack: Pack, row: PackRow, device: int) -> Kernels:
     from glac.launch import load_from_pack
 
+    check_fit(pack, row.kernels.values(), device_facts(device))
     return {name: load_from_pack(pack, kernel, device) for name, kernel in row.kernels.items()}
 
 
@@ -306,15 +376,17 @@ def device_gpu(device: int) -> tuple[GpuSpec | None, str]:
     known = match_gpu(capability, props.multi_processor_count, props.name)
     if known:
         return known, known.title
-    same = [spec for spec in GPUS.values() if spec.capability == capability]
-    arch = "sm_90a" if capability == (9, 0) else "sm_80" if capability[0] == 8 else ""
-    if arch not in ARCHS:
+    arch = next((name for name in ARCHS if runs_on(name, capability)), None)
+    if arch is None:
         return (
             None,
             f"{props.name}: glac has no kernels for capability {props.major}.{props.minor}",
         )
-    base = same[0] if same else GPUS["a100"]
-    shared = int(getattr(props, "shared_memory_per_block_optin", base.shared_per_block))
+    shared = _shared_per_block(props)
+    # The nearest listed one with no more shared memory: rows made for it run here.
+    kin = [spec for spec in GPUS.values() if spec.arch == arch]
+    able = [spec for spec in kin if spec.shared_per_block <= shared] or kin
+    base = max(able, key=lambda spec: (spec.shared_per_block, spec.capability == capability))
     spec = GpuSpec(
         name=f"cc{props.major}{props.minor}-{props.multi_processor_count}sm",
         title=props.name,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import struct
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from glac.errors import DriverError, MissingEnvironmentError, PackError
 
@@ -21,8 +22,49 @@ _DEFAULT_SHARED = 48 * 1024
 _CODES = {"i32": ("i", 4), "fp32": ("f", 4)}
 
 
-@functools.cache
+_forked = False
+"""Whether this process is the child of one that had the driver open: its handles mean nothing."""
+
+
+def check_fork() -> None:
+    """Refuse to go on in a child of a process that used the driver.
+
+    Raises:
+        DriverError: this is such a child.
+    """
+    if _forked:
+        raise DriverError(
+            "this process was forked from one that had already loaded GPU kernels, and CUDA does "
+            "not survive a fork",
+            hint="start workers with the method spawn or forkserver, or fork before the first use "
+            "of the GPU; CPU tensors work here",
+        )
+
+
+def _after_fork() -> None:
+    global _forked
+    if _open_library.cache_info().currsize:
+        _forked = True
+        # Whoever still holds a kernel gets the error, not a crash; launches pay nothing for it.
+        DriverKernel.launch = _refuse_launch  # type: ignore[method-assign]
+        BoundLaunch.launch = _refuse_launch  # type: ignore[method-assign]
+
+
+def _refuse_launch(*args: Any, **options: Any) -> None:
+    check_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _library() -> Any:
+    check_fork()
+    return _open_library()
+
+
+@functools.cache
+def _open_library() -> Any:
     for name in ("libcuda.so.1", "libcuda.so", "nvcuda.dll"):
         try:
             library = ctypes.CDLL(name)
@@ -38,16 +80,20 @@ def _library() -> Any:
 
 @functools.cache
 def _launcher() -> Any:
-    """``cuLaunchKernel`` with declared types: plain integers are converted without wrappers."""
-    prototype = ctypes.CFUNCTYPE(
-        ctypes.c_int,
-        ctypes.c_void_p,
-        *[ctypes.c_uint] * 7,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-    )
-    return prototype(("cuLaunchKernel", _library()))
+    """``cuLaunchKernelEx`` with declared types: plain integers are converted without wrappers.
+
+    Its four arguments cost ctypes half of what the eleven of ``cuLaunchKernel`` do; the rest of
+    these is in a buffer, written by one ``struct`` call together with the kernel's arguments.
+    """
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+    return prototype(("cuLaunchKernelEx", _library()))
+
+
+# CUlaunchConfig (grid, block, shared memory, stream, attributes), up to where arguments begin.
+_CONFIG = "@7I4xQQI4x8x"
+_STREAM_OFFSET = 32
+_FROM_STREAM = "@QQI4x8x"
+_POINTER = struct.Struct("@Q")
 
 
 def _check(code: int, what: str) -> None:
@@ -126,17 +172,19 @@ class DriverKernel:
         self.device = device
         self.scratch_bytes = scratch_bytes
         self.pointers = sum(kind.startswith("*") for kind in kinds)
-        layout = struct.Struct(argument_format(kinds))
-        self._pack_into = layout.pack_into
-        self._size = ctypes.c_size_t(layout.size)
-        self._threads = 32 * num_warps
-        self._shared = shared
-        # Each thread has its own buffer: ctypes drops the GIL while the driver reads it.
-        self._local = threading.local()
+        arguments = argument_format(kinds)
+        layout = struct.Struct(_CONFIG + arguments.removeprefix("@"))
+        self.pack_into = layout.pack_into
+        self.buffer_size = layout.size
+        self._size = ctypes.c_size_t(struct.calcsize(arguments))
+        self.threads = 32 * num_warps
+        self.shared = shared
+        # Buffers that no launch is using: ctypes drops the GIL while the driver reads one.
+        self._slots: list[Slot] = []
         library = _library()
         # Without a context the driver does not tell a kernel's parameters.
         _want_context(device)
-        self._launch_kernel = _launcher()
+        self.launch_kernel = _launcher()
         self._cubin = cubin  # the driver may read it after the load call
         module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
         code = library.cuLibraryLoadData(
@@ -152,6 +200,7 @@ class DriverKernel:
             f"looking up {symbol} in {name}",
         )
         self._handle = kernel
+        self.address = kernel.value or 0
         self._check_parameters(library, kinds)
         if shared > _DEFAULT_SHARED:
             handle = ctypes.c_int()
@@ -181,21 +230,35 @@ class DriverKernel:
                 hint="the pack is damaged or from another glac version; rebuild it: glac build",
             )
 
-    def _slot(self) -> tuple[Any, Any]:
-        """This thread's parameter buffer, and the list that tells the driver about it."""
+    def load_now(self) -> None:
+        """Put the code on the device, which the driver otherwise does at the first launch.
+
+        The device must be this thread's current one.
+        """
+        library, function = _library(), ctypes.c_void_p()
+        _want_context(self.device)
+        _check(
+            library.cuKernelGetFunction(ctypes.byref(function), self._handle),
+            f"loading {self.name}",
+        )
         try:
-            return self._local.slot  # type: ignore[no-any-return]
-        except AttributeError:
-            buffer = ctypes.create_string_buffer(self._size.value)
-            extra = (ctypes.c_void_p * 5)(
-                1,  # CU_LAUNCH_PARAM_BUFFER_POINTER
-                ctypes.addressof(buffer),
-                2,  # CU_LAUNCH_PARAM_BUFFER_SIZE
-                ctypes.addressof(self._size),
-                0,  # CU_LAUNCH_PARAM_END
-            )
-            self._local.slot = (buffer, extra)
-            return buffer, extra
+            load = library.cuFuncLoad
+        except AttributeError:  # drivers before CUDA 12.4 have loaded it by now
+            return
+        _check(load(function), f"loading {self.name}")
+
+    def new_slot(self) -> Slot:
+        """A buffer for one launch at a time."""
+        buffer = ctypes.create_string_buffer(self.buffer_size)
+        start = ctypes.addressof(buffer)
+        extra = (ctypes.c_void_p * 5)(
+            1,  # CU_LAUNCH_PARAM_BUFFER_POINTER
+            start + struct.calcsize(_CONFIG),
+            2,  # CU_LAUNCH_PARAM_BUFFER_SIZE
+            ctypes.addressof(self._size),
+            0,  # CU_LAUNCH_PARAM_END
+        )
+        return Slot(buffer, start, ctypes.addressof(extra), extra)
 
     def launch(self, values: Sequence[Any], grid: int, stream: int, scratch: int = 0) -> None:
         """Launch ``grid`` programs on a raw stream handle.
@@ -206,15 +269,92 @@ class DriverKernel:
             stream: ``CUstream`` as an integer.
             scratch: address of ``grid * scratch_bytes`` bytes of device memory.
         """
-        buffer, extra = self._slot()
-        self._pack_into(buffer, 0, *values, scratch, 0)
-        args = (self._handle, grid, 1, 1, self._threads, 1, 1, self._shared, stream, None, extra)
-        code = self._launch_kernel(*args)
+        # Taken, not looked at: two threads never get the same one.
+        try:
+            slot = self._slots.pop()
+        except IndexError:
+            slot = self.new_slot()
+        head = (grid, 1, 1, self.threads, 1, 1, self.shared, stream, 0, 0)
+        self.pack_into(slot.buffer, 0, *head, *values, scratch, 0)
+        code = self.launch_kernel(slot.start, self.address, 0, slot.extra)
+        if code:
+            self.launch_again(code, slot, grid)
+        self._slots.append(slot)
+
+    def launch_again(self, code: int, slot: Slot, grid: int) -> None:
+        """After a launch that failed with ``code``: with a context, if that was missing.
+
+        Raises:
+            DriverError: it fails for another reason, or again.
+        """
         if code == _INVALID_CONTEXT:
             _enter_primary_context(self.device)
-            code = self._launch_kernel(*args)
+            code = self.launch_kernel(slot.start, self.address, 0, slot.extra)
         if code:
             _check(code, f"launching {self.name} with a grid of {grid}")
+
+
+class Slot(NamedTuple):
+    """Memory that the driver reads during one launch.
+
+    Attributes:
+        buffer: launch configuration and arguments.
+        start: its address.
+        extra: address of the list that tells the driver where the arguments are.
+        keep: that list.
+    """
+
+    buffer: Any
+    start: int
+    extra: int
+    keep: Any
+
+
+class BoundLaunch:
+    """A launch in which only pointers and the stream are open.
+
+    Everything else is written once into each of its buffers, of which there are as many as threads
+    that launch at the same time.
+
+    Args:
+        kernel: to launch.
+        scalars: values of the arguments that are no pointers.
+        grid: number of programs.
+    """
+
+    def __init__(self, kernel: DriverKernel, scalars: Sequence[Any], grid: int) -> None:
+        self._kernel = kernel
+        self._scalars = tuple(scalars)
+        self._grid = grid
+        self.scratch_bytes = grid * kernel.scratch_bytes
+        self._pack = struct.Struct(_FROM_STREAM + "Q" * kernel.pointers).pack_into
+        self._scratch_offset = kernel.buffer_size - 16
+        self._launch_kernel = kernel.launch_kernel
+        self._address = kernel.address
+        self._slots = [self._new_slot()]
+
+    def _new_slot(self) -> Slot:
+        kernel = self._kernel
+        slot = kernel.new_slot()
+        head = (self._grid, 1, 1, kernel.threads, 1, 1, kernel.shared, 0, 0, 0)
+        kernel.pack_into(slot.buffer, 0, *head, *(0,) * kernel.pointers, *self._scalars, 0, 0)
+        return slot
+
+    def launch(self, stream: int, pointers: Sequence[int], scratch: int = 0) -> None:
+        """Launch on a raw stream handle, with the addresses of all pointer arguments."""
+        slots = self._slots
+        # Taken, not looked at: two threads never get the same one.
+        try:
+            slot = slots.pop()
+        except IndexError:
+            slot = self._new_slot()
+        self._pack(slot[0], _STREAM_OFFSET, stream, 0, 0, *pointers)
+        if scratch:
+            _POINTER.pack_into(slot[0], self._scratch_offset, scratch)
+        code = self._launch_kernel(slot[1], self._address, 0, slot[2])
+        if code:
+            self._kernel.launch_again(code, slot, self._grid)
+        slots.append(slot)
 
 
 class KernelCache:
@@ -223,6 +363,9 @@ class KernelCache:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kernels: dict[tuple[str, str, int], DriverKernel] = {}
+
+    def __len__(self) -> int:
+        return len(self._kernels)
 
     def get(self, key: tuple[str, str, int], load: Any) -> DriverKernel:
         """The kernel of ``key``, made by ``load()`` if this is its first use."""

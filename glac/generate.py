@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import threading
 from typing import Any
 
 from glac.errors import MissingEnvironmentError
@@ -34,10 +36,34 @@ def kernel_function(template: str) -> Any:
     return getattr(module, TEMPLATES[template].name)
 
 
+_front_end = threading.Lock()
+
+
+@functools.cache
+def _source_class() -> Any:
+    """Triton's source of one kernel, parsed by one thread at a time.
+
+    The front end parses Python, and parsers of two threads disturb each other in CPython 3.11
+    (``SystemError: AST constructor recursion depth mismatch``). The passes behind it and the
+    assembler, where most of the time goes, run side by side.
+    """
+    triton_class: Any = importlib.import_module("triton.compiler").ASTSource
+
+    class Source(triton_class):  # type: ignore[misc]
+        def hash(self) -> Any:
+            with _front_end:
+                return super().hash()
+
+        def make_ir(self, *args: Any, **kwargs: Any) -> Any:
+            with _front_end:
+                return super().make_ir(*args, **kwargs)
+
+    return Source
+
+
 def ast_source(kernel: KernelSpec) -> Any:
     """The specialised source: argument types, constants and alignment facts bound."""
     import_triton()
-    compiler = importlib.import_module("triton.compiler")
     fn = kernel_function(kernel.template)
     consts = constants(kernel.template, kernel.spec, kernel.config)
     types = {
@@ -51,7 +77,7 @@ def ast_source(kernel: KernelSpec) -> Any:
         for name, kind in types.items()
         if kind.startswith("*")
     }
-    return compiler.ASTSource(
+    return _source_class()(
         fn=fn,
         signature={n: types.get(n, "constexpr") for n in names},
         constexprs={n: consts[n] for n in names if n in consts},

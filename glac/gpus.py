@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from glac.errors import ConfigError
+from glac.record import dataclass
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,8 @@ class GpuSpec:
         sm_count: streaming multiprocessors.
         shared_per_block: bytes of shared memory one block may use.
         copy_bandwidth: achievable device-to-device copy, bytes per second, read plus written
-            (h200 measured, the others from measurements published for them).
+            (h200 measured, a100, h100 and h100-pcie from measurements published for them, the rest
+            86 % of the data sheet, as the a100 reaches).
         matrix_rate: achievable dense bf16 rate, FLOP/s.
     """
 
@@ -32,31 +32,43 @@ class GpuSpec:
 
     @property
     def arch(self) -> str:
-        """Code target. Hopper's ``a`` features exist on capability 9.0 only."""
+        """Code target. Hopper's ``a`` features exist on capability 9.0 only.
+
+        Code for 8.0 runs on every 8.x, so these share one target.
+        """
         major, minor = self.capability
+        if major == 8:
+            return "sm_80"
         return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
 # Shared-memory limits: CUDA programming guide, "technical specifications per compute capability".
 _HOPPER_SHARED = 232448
 _A100_SHARED = 166912
+_SMALL_AMPERE_SHARED = 101376
 
 GPUS: dict[str, GpuSpec] = {
     spec.name: spec
     for spec in (
         GpuSpec("a100", "A100 SXM4", (8, 0), 108, _A100_SHARED, 1.75e12, 260e12),
+        GpuSpec("a30", "A30", (8, 0), 56, _A100_SHARED, 0.80e12, 137e12),
         GpuSpec("h100", "H100 SXM5", (9, 0), 132, _HOPPER_SHARED, 3.0e12, 750e12),
         GpuSpec("h100-pcie", "H100 PCIe", (9, 0), 114, _HOPPER_SHARED, 1.8e12, 500e12),
         GpuSpec("h200", "H200 SXM", (9, 0), 132, _HOPPER_SHARED, 4.2e12, 750e12),
+        # Stands for all devices of capability 8.6, 8.7 and 8.9, which have as little or more.
+        GpuSpec("rtx3090", "RTX 3090", (8, 6), 82, _SMALL_AMPERE_SHARED, 0.80e12, 59e12),
     )
 }
 
 # Whose tuned rows serve a GPU that has none of its own: same code, nearest memory system first.
 RELATIVES: dict[str, tuple[str, ...]] = {
-    "a100": (),
+    "a100": ("a30",),
+    "a30": ("a100",),
     "h100": ("h200", "h100-pcie"),
     "h100-pcie": ("h100", "h200"),
     "h200": ("h100", "h100-pcie"),
+    # Their kernels may need more shared memory; dispatch then passes them over.
+    "rtx3090": ("a100", "a30"),
 }
 
 ARCHS: dict[str, int] = {"sm_80": 80, "sm_90a": 90}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from glac.configs import KERNEL_CONFIGS, Config, KernelConfig
 from glac.errors import ConfigError
 from glac.gpus import ARCHS
 from glac.problem import Specialisation, strict_fields
+from glac.record import dataclass
 from glac.templates import TEMPLATES, kernel_specialisation
 
 

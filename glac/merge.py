@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glac.archive import MANIFEST, is_zip
 from glac.errors import PackError
-from glac.pack import MANIFEST, Pack, PackedKernel, PackRow, ops_of, write_folder
+from glac.pack import Pack, PackedKernel, PackRow, ops_of, write_parts
 from glac.problem import Bucket, Op, Specialisation
 
 _SEPARATE = "merge packs of one build, or list both under GLAC_PACK_PATH"
@@ -103,8 +104,8 @@ def merge_packs(out: Path | str, packs: Sequence[Pack]) -> MergeResult:
     and again before the new pack takes its place.
 
     Args:
-        out: of the folder to write. A pack that is there already is replaced, but only if it is
-            among ``packs``.
+        out: of the folder or zip to write. A pack that is there already is replaced, but only if
+            it is among ``packs``.
         packs: to merge, the ones that win first; of one arch, toolchain and set of templates.
 
     Raises:
@@ -118,7 +119,8 @@ def merge_packs(out: Path | str, packs: Sequence[Pack]) -> MergeResult:
     templates = _check_alike(packs)
     kernels = _all_kernels(packs)
     given = {pack.path.resolve() for pack in packs}
-    if (out / MANIFEST).is_file() and out.resolve() not in given:
+    taken = out.is_file() if is_zip(out) else (out / MANIFEST).is_file()
+    if taken and out.resolve() not in given:
         raise PackError(
             f"{out}: wanted a new place or one of the packs to merge, got another pack; "
             "it was left as it is",
@@ -135,7 +137,7 @@ def merge_packs(out: Path | str, packs: Sequence[Pack]) -> MergeResult:
                 dropped.append(DroppedRow(row, pack.path, first.path))
     names = sorted({name for _, row in rows.values() for name in row.kernels.values()})
     needed = [kernels[name][1] for name in names]
-    merged = write_folder(
+    merged = write_parts(
         out,
         arch=packs[0].arch,
         driver_floor=packs[0].driver_floor,

@@ -13,7 +13,6 @@ implementation for all devices, since ``glac.engine`` looks at the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from glac import engine
 from glac.errors import NotDifferentiableError
 from glac.plan import GateInput
 from glac.problem import Problem
+from glac.record import dataclass
 from glac.validate import check_lowrank, check_vector
 
 # The operators live as long as this object.

@@ -13,23 +13,26 @@ that fails a check is refused as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from glac import __version__
+from glac.archive import CUBINS, MANIFEST, REBUILD, is_zip, members, read_member, zip_bytes
 from glac.atomic import sync_folder, write_bytes
 from glac.configs import CONFIGS, Config, why_illegal
 from glac.errors import ConfigError, PackError
 from glac.gpus import ARCHS, GPUS
 from glac.kernelspec import KernelSpec, config_kernels
 from glac.problem import Bucket, Op, Specialisation
+from glac.record import dataclass
 from glac.templates import (
     TEMPLATES,
     active_args,
@@ -43,9 +46,10 @@ if TYPE_CHECKING:
     from glac.compile import CompiledKernel, Toolchain
 
 FORMAT = 2
-MANIFEST = "manifest.json"
 SOURCES = ("tuned", "heuristic")
-REBUILD = "rebuild it: glac build"
+MAX_MANIFEST = 64 << 20
+"""Bytes of a manifest that are read; those of the shipped packs have a hundredth."""
+MAX_CUBIN = 64 << 20
 ELSEWHERE = "choose another place: glac build --out, or OUT of glac pack merge"
 
 _TOP_KEYS = frozenset(
@@ -215,8 +219,8 @@ class Pack:
         kernel = self.kernels.get(name)
         if kernel is None:
             raise PackError(f"{self.path}: no kernel {name!r} in this pack", hint=REBUILD)
-        member = f"cubins/{kernel.sha256}.cubin"
-        data = _read_member(self.path, member, limit=kernel.size)
+        member = cubin_member(kernel.sha256)
+        data = read_member(self.path, member, kernel.size)
         if len(data) != kernel.size:
             got = f"more than {kernel.size}" if len(data) > kernel.size else str(len(data))
             raise PackError(
@@ -246,24 +250,9 @@ def run_time_args(kernel: KernelSpec) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _read_member(path: Path, member: str, limit: int | None = None) -> bytes:
-    """One file of a pack, at most ``limit`` + 1 bytes of it."""
-    size = -1 if limit is None else limit + 1
-    try:
-        if path.is_dir():
-            with (path / member).open("rb") as file:
-                return file.read(size)
-        if not path.exists():
-            raise PackError(f"{path}: no such pack", hint="make it: glac build")
-        # Most packs are folders, and this import costs more than reading one.
-        import zipfile
-
-        with zipfile.ZipFile(path) as archive, archive.open(member) as member_file:
-            return member_file.read(size)
-    except PackError:
-        raise
-    except Exception as error:  # zipfile raises a dozen types on broken archives
-        raise PackError(f"{path}: {member}: cannot be read ({error})", hint=REBUILD) from None
+def cubin_member(sha256: str) -> str:
+    """Where in a pack the machine code with this hash lies."""
+    return f"{CUBINS}/{sha256}.cubin"
 
 
 def _full_text(value: object) -> str:
@@ -380,7 +369,7 @@ def _check_kernel(
             data["scratch_bytes"], 0, _INT32_MAX, f"{field}.scratch_bytes"
         ),
         sha256=check.matching(data["sha256"], _HEX64, "64 hex digits", f"{field}.sha256"),
-        size=check.integer(data["size"], 1, _INT32_MAX, f"{field}.size"),
+        size=check.integer(data["size"], 1, MAX_CUBIN, f"{field}.size"),
     )
 
 
@@ -419,6 +408,12 @@ def _check_row(
         if packed.kernel != kernel:
             raise check.fail(
                 f"{field}.kernels.{kernel.template}", f"wanted {kernel.name}, got {name}"
+            )
+        if packed.shared > GPUS[gpu].shared_per_block:
+            raise check.fail(
+                f"{field}.kernels.{kernel.template}",
+                f"needs {packed.shared} bytes of shared memory, {gpu} has "
+                f"{GPUS[gpu].shared_per_block}",
             )
         names[kernel.template] = packed.name
     return PackRow(
@@ -513,7 +508,11 @@ def read_pack(path: Path | str) -> Pack:
             field.
     """
     path = Path(path)
-    raw = _read_member(path, MANIFEST)
+    raw = read_member(path, MANIFEST, MAX_MANIFEST)
+    if len(raw) > MAX_MANIFEST:
+        raise PackError(
+            f"{path}: {MANIFEST}: wanted at most {MAX_MANIFEST} bytes, got more", hint=REBUILD
+        )
     try:
         data = json.loads(raw.decode())
     except json.JSONDecodeError as error:
@@ -582,10 +581,10 @@ def write_pack(
     rows: Iterable[PackRow],
     tools: Toolchain,
 ) -> Pack:
-    """Write a pack folder at ``path``, in place of the pack that may be there.
+    """Write a pack at ``path``, in place of the pack that may be there.
 
     Args:
-        path: of the folder; parents are made.
+        path: of the folder, or of the zip if it ends in ``.zip``; parents are made.
         arch: code target of all kernels.
         compiled: the kernels, in any order.
         rows: which problem gets which; every kernel they name must be among ``compiled``.
@@ -599,7 +598,7 @@ def write_pack(
             cannot be written.
     """
     built = {item.kernel.name: item for item in compiled}
-    return write_folder(
+    return write_parts(
         Path(path),
         arch=arch,
         driver_floor=tools.driver_floor,
@@ -611,7 +610,16 @@ def write_pack(
     )
 
 
-def write_folder(
+def _sorted_rows(rows: Iterable[PackRow]) -> list[PackRow]:
+    return sorted(rows, key=lambda row: (row.gpu, row.op.order, row.spec, row.bucket))
+
+
+def same_rows(rows: Iterable[PackRow], others: Iterable[PackRow]) -> bool:
+    """Whether packs of these rows, in any order, would have the same rows."""
+    return _sorted_rows(rows) == _sorted_rows(others)
+
+
+def write_parts(
     path: Path,
     *,
     arch: str,
@@ -622,7 +630,7 @@ def write_folder(
     rows: Iterable[PackRow],
     cubins: Mapping[str, bytes],
 ) -> Pack:
-    """Write a pack folder from its parts, in place of the pack that may be there.
+    """Write a pack, folder or zip, from its parts, in place of the pack that may be there.
 
     ``cubins`` is machine code by its SHA-256; the rest is as in ``Pack``. What was written is read
     back and checked before it takes its place.
@@ -630,7 +638,7 @@ def write_folder(
     Raises:
         PackError: as for ``write_pack``.
     """
-    rows = sorted(rows, key=lambda row: (row.gpu, row.op.order, row.spec, row.bucket))
+    rows = _sorted_rows(rows)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "glac": __version__,
@@ -644,29 +652,52 @@ def write_folder(
     manifest["sha256"] = manifest_sha256(manifest)
     # The reader's checks, before anything is written.
     pack = _check_manifest(path, manifest)
-    if path.exists() and not (path / MANIFEST).is_file() and not _is_empty_folder(path):
+    if not _replaceable(path):
         raise PackError(
             f"{path}: exists and is not a kernel pack; it was left as it is",
             hint=ELSEWHERE,
         )
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    text = json.dumps(manifest, sort_keys=True, indent=1) + "\n"
+    files = {cubin_member(digest): cubin for digest, cubin in cubins.items()}
+    files[MANIFEST] = text.encode()
+    ending = f".{secrets.token_hex(8)}.tmp"
+    # A zip is known by its ending.
+    temporary = path.with_name(f".{path.name}{ending}{'.zip' if is_zip(path) else ''}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        (temporary / "cubins").mkdir(parents=True)
-        for digest, cubin in cubins.items():
-            write_bytes(temporary / "cubins" / f"{digest}.cubin", cubin)
-        text = json.dumps(manifest, sort_keys=True, indent=1) + "\n"
-        write_bytes(temporary / MANIFEST, text.encode())
+        if is_zip(path):
+            write_bytes(temporary, zip_bytes(files))
+        else:
+            (temporary / CUBINS).mkdir(parents=True)
+            for name, data in files.items():
+                write_bytes(temporary / name, data)
         written = read_pack(temporary)
         for name in written.kernels:
             written.read_cubin(name)
-        _swap_in(temporary, path)
+        if is_zip(path):
+            temporary.replace(path)
+            sync_folder(path.parent)
+        else:
+            _swap_in(temporary, path)
     except OSError as error:
         raise PackError(f"{path}: cannot be written ({error})", hint=ELSEWHERE) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_zip(path):
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(temporary, ignore_errors=True)
     return pack
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+def _replaceable(path: Path) -> bool:
+    """Whether nothing is at ``path``, or a pack of the form that is to be written there."""
+    if not path.exists():
+        return not path.is_symlink()
+    if is_zip(path):
+        # By what it lists, as a damaged pack or one of another format may be replaced.
+        try:
+            return MANIFEST in members(path)
+        except PackError:
+            return False
+    return (path / MANIFEST).is_file() or (path.is_dir() and not any(path.iterdir()))

@@ -6,11 +6,11 @@ The same code serves the CUDA driver and Triton's interpreter; they differ only 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from glac.configs import ChunkKernelConfig, CombineKernelConfig, Config, segmentation
 from glac.problem import Problem, Specialisation
+from glac.record import dataclass
 from glac.templates import stride_unit, tiles
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from enum import Enum
 from typing import Any
 
 from glac.errors import ConfigError
+from glac.record import dataclass
 
 MAX_K = 512
 MAX_V = 512

@@ -10,7 +10,6 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from glac.configs import (
     padded_k,
 )
 from glac.problem import DType, Gate, Op, Specialisation
+from glac.record import dataclass
 
 TEMPLATE_DIR = Path(__file__).parent / "kernel_templates"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from numbers import Real
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from glac.errors import InputError, InputTypeError
 from glac.problem import LOWRANK_RANKS, MAX_K, MAX_V, DType, Gate, Problem, Specialisation
+from glac.record import dataclass
 
 DTYPES: dict[torch.dtype, DType] = {
     torch.bfloat16: DType.BF16,

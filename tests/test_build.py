@@ -167,7 +167,7 @@ def test_each_op_has_rows_of_its_own(fake: FakeToolchain, tmp_path: Path) -> Non
     # Another binary of one op only concerns that op.
     fake.compile = lambda k: (_other_binary if k.template == "gla_bwd" else fake_compiled)(k)
     with pytest.raises(CompileError, match=r"h200\.yaml: gla_bwd_k16"):
-        build_packs(["h100"], tmp_path / "out", configs_dir=tmp_path)
+        build_packs(["h100"], tmp_path / "out", configs_dir=tmp_path, fresh=True)
 
 
 def test_bad_requests(fake: FakeToolchain, tmp_path: Path) -> None:
@@ -359,6 +359,109 @@ def test_single_that_cannot_be(fake: FakeToolchain, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PackError, match="cannot be written"):
         build_single(TINY, GPUS["h100"], WHOLE, tmp_path / "file" / "p")
+
+
+# A second build.
+
+
+def _times(path: Path) -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for file in [path, *path.rglob("*")]}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_second_build_compiles_nothing_and_touches_nothing(
+    fake: FakeToolchain, configs: Path, tmp_path: Path, zipped: bool
+) -> None:
+    def make(**options: Any) -> build.BuildResult:
+        fake.compiled.clear()
+        (result,) = build_packs(
+            ["h100", "h200"], tmp_path / "out", configs_dir=configs, zipped=zipped, **options
+        )
+        assert len(fake.compiled) == result.compiled
+        return result
+
+    first = make()
+    assert first.compiled == len(first.pack.kernels)
+    assert first.path.name == ("sm_90a.zip" if zipped else "sm_90a")
+    assert first.path.is_file() == zipped
+    before = _times(tmp_path / "out")
+    second = make()
+    assert second.compiled == 0
+    assert second.pack == first.pack
+    assert second.warnings == first.warnings
+    assert _times(tmp_path / "out") == before
+    again = make(fresh=True)
+    assert again.compiled == first.compiled
+    assert again.pack == first.pack
+
+
+def test_a_second_build_takes_over_what_is_the_same(
+    fake: FakeToolchain, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "STANDARD_PROBLEMS", ())
+    out = tmp_path / "out"
+    (first,) = build_packs(["h100"], out, configs_dir=configs)
+    # A further row of the tuned file: its kernels alone are compiled.
+    fake.compiled.clear()
+    file = tuned_file()
+    more = tuned_row(Problem(replace(VECTOR, V=32), 2, 512, 16), WHOLE)
+    dump_tuned(replace(file, rows=(*file.rows, more)), configs / "h100.yaml")
+    (second,) = build_packs(["h100"], out, configs_dir=configs)
+    assert [kernel.name for kernel in fake.compiled] == [k.name for k in more.kernels]
+    assert len(second.pack.rows) == len(first.pack.rows) + 1
+    # A row less: nothing is compiled, and the pack loses it.
+    fake.compiled.clear()
+    dump_tuned(file, configs / "h100.yaml")
+    (third,) = build_packs(["h100"], out, configs_dir=configs)
+    assert fake.compiled == []
+    assert third.pack == first.pack
+    # Damage and other tools: all again.
+    next((third.path / "cubins").iterdir()).write_bytes(b"x")
+    (healed,) = build_packs(["h100"], out, configs_dir=configs)
+    assert healed.compiled == len(first.pack.kernels)
+    assert healed.pack == first.pack
+    for name in healed.pack.kernels:
+        healed.pack.read_cubin(name)
+    monkeypatch.setattr(build, "toolchain", lambda: replace(FAKE_TOOLS, triton="3.8.0"))
+    (other,) = build_packs(["h100"], out, configs_dir=configs)
+    assert other.compiled == len(first.pack.kernels)
+
+
+def test_a_second_build_does_not_try_what_failed(
+    fake: FakeToolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "STANDARD_PROBLEMS", build.STANDARD_PROBLEMS[1:2])
+    fake.compile = _fails(lambda config: config.num_stages > 1 or config.chunk > 16)
+    (first,) = build_packs(["a100"], tmp_path / "out", configs_dir=_empty(tmp_path))
+    assert first.warnings
+    fake.compiled.clear()
+    (second,) = build_packs(["a100"], tmp_path / "out", configs_dir=_empty(tmp_path))
+    assert fake.compiled == []
+    assert second.pack == first.pack
+    assert all("steps down" in warning for warning in second.warnings)
+    assert len(second.warnings) == len({w.partition(":")[0] for w in first.warnings})
+
+
+def _empty(tmp_path: Path) -> Path:
+    folder = tmp_path / "none"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def test_a_binary_that_was_not_certified_is_not_taken_over(
+    fake: FakeToolchain, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "STANDARD_PROBLEMS", ())
+    monkeypatch.setattr(build, "_check_certified", lambda *args: None)
+    fake.compile = _other_binary
+    build_packs(["h100"], tmp_path / "out", configs_dir=configs)
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "STANDARD_PROBLEMS", ())
+    monkeypatch.setattr(build, "compile_many", fake)
+    monkeypatch.setattr(build, "toolchain", lambda: FAKE_TOOLS)
+    fake.compile = fake_compiled
+    (result,) = build_packs(["h100"], tmp_path / "out", configs_dir=configs)
+    assert result.compiled == len(result.pack.kernels)
 
 
 def test_real_build_is_the_same_with_any_jobs(

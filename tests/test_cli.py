@@ -17,7 +17,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from glac import __version__, cli
+from glac.build import STANDARD_PROBLEMS
 from glac.errors import GlacError
+from glac.fit import Device
+from glac.gpus import GPUS
 from tests.helpers_packs import FAKE_TOOLS, fake_compiled, fake_pack, tuned_file
 from tests.test_docs import commands
 
@@ -64,6 +67,7 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLAC_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("GLAC_PACK_PATH", raising=False)
     monkeypatch.delenv("GLAC_REQUIRE_AOT", raising=False)
+    monkeypatch.setattr(dispatch, "shipped_pack_dir", lambda: tmp_path / "shipped")
     dispatch.clear()
 
 
@@ -267,9 +271,8 @@ def test_traceback_comes_with_vv_only(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- commands ----
 
 
-def test_build_prints_facts_and_a_pack_that_verifies(
-    tmp_path: Path, configs_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def fake_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_many(kernels: Any, jobs: int | None = None, on_done: Any = None) -> Any:
         results = {}
         for kernel in kernels:
@@ -281,6 +284,11 @@ def test_build_prints_facts_and_a_pack_that_verifies(
     monkeypatch.setattr("glac.build.compile_many", compile_many)
     monkeypatch.setattr("glac.build.toolchain", lambda: FAKE_TOOLS)
     monkeypatch.setattr("glac.build.STANDARD_PROBLEMS", ())
+
+
+def test_build_prints_facts_and_a_pack_that_verifies(
+    fake_compiler: None, tmp_path: Path, configs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "packs"
     words = ["build", "--gpu", "h100", "--configs", str(configs_dir), "--out", str(out)]
     result = glac(*words)
@@ -302,6 +310,40 @@ def test_build_prints_facts_and_a_pack_that_verifies(
     assert found["op"] == "forward"
     text = glac("explain", "2,512,16,16,16", "--gpu", "h100").stdout
     assert "served by  pack: tuned row of h100" in text
+
+
+def test_build_of_zips_again_and_of_c_sources(
+    fake_compiler: None, tmp_path: Path, configs_dir: Path
+) -> None:
+    words: list[str | Path] = ["build", "--gpu", "h100", "--configs", configs_dir]
+    words += ["--out", tmp_path, "--zip"]
+    first = document(glac(*words, "--json"))["data"]["packs"][0]
+    assert (first["path"], first["compiled"]) == (str(tmp_path / "sm_90a.zip"), 4)
+    assert document(glac(*words, "--json"))["data"]["packs"][0]["compiled"] == 0
+    assert document(glac(*words, "--fresh", "--json"))["data"]["packs"][0]["compiled"] == 4
+    for path in (tmp_path, tmp_path / "sm_90a.zip"):
+        assert glac("pack", "verify", path).stdout.startswith("ok: ")
+    made = document(glac(*words, "--emit", "c", "--json"))["data"]["sources"]
+    assert made == [str(tmp_path / "glac_sm_90a.h"), str(tmp_path / "glac_sm_90a.c")]
+    assert made[1] in glac(*words, "--emit", "c").stdout
+
+
+def test_build_of_what_ships(
+    fake_compiler: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glac.settings.shipped_pack_dir", lambda: tmp_path / "packs")
+    monkeypatch.setattr("glac.build.shipped", lambda name: None)
+    monkeypatch.setattr("glac.build.STANDARD_PROBLEMS", STANDARD_PROBLEMS[:1])
+    packs = document(glac("build", "--shipped", "--json"))["data"]["packs"]
+    assert [Path(pack["path"]).name for pack in packs] == ["sm_80.zip", "sm_90a.zip"]
+    assert {row["gpu"] for pack in packs for row in pack["rows"]} == set(GPUS)
+    for words, message in (
+        (["--shipped", "--gpu", "h100"], "--shipped has its own"),
+        (["--zip"], "--zip needs --out"),
+    ):
+        refused = glac("build", *words)
+        assert refused.exit_code == 2
+        assert message in refused.stderr
 
 
 def test_build_that_cannot_write_is_3(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,6 +368,12 @@ def test_pack_show_and_verify(tmp_path: Path) -> None:
     assert {row["op"] for row in data["rows"]} == set(data["templates_sha256"]) == {"forward"}
     (data,) = document(glac("pack", "verify", pack.path, "--json"))["data"]["packs"]
     assert data["current_templates"] is True
+    assert data["others"] == []
+    (pack.path / "notes.txt").write_text("mine")
+    assert (
+        "1 files that it does not use, such as notes.txt"
+        in glac("pack", "verify", pack.path).stdout
+    )
 
     cubin = next((pack.path / "cubins").iterdir())
     cubin.write_bytes(cubin.read_bytes()[:-1] + b"?")
@@ -333,6 +381,40 @@ def test_pack_show_and_verify(tmp_path: Path) -> None:
     assert (broken.exit_code, broken.stdout) == (1, "")
     assert "SHA-256" in broken.stderr
     assert document(glac("pack", "verify", pack.path, "--json"))["error"]["code"] == "pack"
+
+
+def test_pack_verify_on_a_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_gpu: None
+) -> None:
+    pack = fake_pack(tmp_path / "sm_90a")
+    refused = glac("pack", "verify", pack.path, "--device")
+    assert refused.exit_code == 3
+    assert "no CUDA GPU" in refused.stderr
+    loaded: list[str] = []
+
+    class Kernel:
+        def load_now(self) -> None:
+            loaded.append("now")
+
+    def load(pack: object, name: str, device: int) -> Kernel:
+        loaded.append(name)
+        return Kernel()
+
+    facts = Device("H100", (9, 0), 232448, (12, 4))
+    monkeypatch.setattr(cli, "_device_spec", lambda: GPUS["h100"])
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda index: None)
+    monkeypatch.setattr("glac.dispatch.device_facts", lambda index: facts)
+    monkeypatch.setattr("glac.launch.load_from_pack", load)
+    (data,) = document(glac("pack", "verify", pack.path, "--device", "--json"))["data"]["packs"]
+    assert data["load_ms"] > 0
+    assert set(loaded) == {*pack.kernels, "now"}
+    old = replace(facts, cuda=(11, 8))
+    monkeypatch.setattr("glac.dispatch.device_facts", lambda index: old)
+    refused = glac("pack", "verify", pack.path, "--device")
+    assert refused.exit_code == 1
+    assert "needs driver 525 or newer" in refused.stderr
+    assert "install driver 525" in refused.stderr
 
 
 def test_pack_list_says_what_is_used_in_which_order(

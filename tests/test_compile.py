@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +94,54 @@ def test_every_thread_uses_the_pinned_assembler(
     assert used == {str(toolchain().ptxas_path)}
     # And nothing of it stays behind for other libraries.
     assert os.environ.get("TRITON_PTXAS_PATH") == environment.get("TRITON_PTXAS_PATH")
+
+
+def test_the_assembler_meets_the_same_addresses_every_time() -> None:
+    """Otherwise it gives one of two binaries now and then, and packs differ by luck."""
+    if not Path("/proc/self/personality").exists():
+        pytest.skip("no /proc/self/personality here")
+
+    def seen() -> int:
+        done = subprocess.run(
+            ["cat", "/proc/self/personality"], capture_output=True, text=True, check=True
+        )
+        return int(done.stdout, 16)
+
+    before = seen()
+    with glac_compile.fixed_addresses():
+        inside = seen()
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(seen).result() & 0x0040000  # threads inherit it
+    if not inside & 0x0040000:
+        pytest.skip("this system does not let programs choose")
+    assert seen() == before
+
+
+def test_sources_are_parsed_by_one_thread_at_a_time(
+    no_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, parse, active, seen = threading.Lock(), ast.parse, [0], []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            active[0] += 1
+            seen.append(active[0])
+        try:
+            time.sleep(0.02)
+            return parse(*args, **kwargs)
+        finally:
+            with lock:
+                active[0] -= 1
+
+    monkeypatch.setattr(ast, "parse", counting)
+    kernels = [
+        KernelSpec("gla_fwd_combine", SPEC, CombineKernelConfig(block), "sm_90a")
+        for block in (256, 512, 1024, 2048)
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(compile_kernel, kernels))
+    assert seen
+    assert max(seen) == 1
 
 
 def test_failure_is_reported_and_the_rest_goes_on() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,7 +21,7 @@ from glac.errors import ConfigError, KernelNotFoundError
 from glac.gpus import GPUS
 from glac.pack import Pack, PackRow
 from glac.problem import Bucket, DType, Gate, Op, Problem, Specialisation
-from glac.settings import Settings, load_settings
+from glac.settings import Settings, load_settings, shipped_pack_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = Specialisation(64, 64, DType.BF16, Gate.VECTOR, DType.BF16)
@@ -46,6 +47,7 @@ def row(
 @dataclass(frozen=True)
 class FakeKernel:
     sha256: str
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def test_a_miss_where_only_packs_are_allowed(
         f"other: no forward row for {SPEC.slug}",
         str(tmp_path / "mine"),
         str(tmp_path / "cache" / "packs"),
-        str(dispatch.shipped_pack_dir()),
+        str(shipped_pack_dir()),
     ):
         assert part in text
     assert "glac tune --gpu h100" in caught.value.hint
@@ -351,3 +353,59 @@ def test_importing_loads_neither_triton_nor_yaml(module: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("capability", "sms", "shared", "arch", "first"),
+    [
+        ((8, 0), 56, 166912, "sm_80", "a30"),
+        ((8, 0), 98, 166912, "sm_80", "a100"),  # a part of an A100
+        ((8, 6), 84, 101376, "sm_80", "rtx3090"),
+        ((8, 9), 128, 101376, "sm_80", "rtx3090"),
+        ((8, 7), 16, 166912, "sm_80", "a30"),
+        ((9, 0), 60, 232448, "sm_90a", "h100-pcie"),
+    ],
+)
+def test_devices_and_whose_rows_serve_them(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    sms: int,
+    shared: int,
+    arch: str,
+    first: str,
+) -> None:
+    properties = SimpleNamespace(
+        name="Some GPU",
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=sms,
+        shared_memory_per_block_optin=shared,
+    )
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    monkeypatch.setattr("glac.driver.driver_version", lambda: (12, 4))
+    dispatch.device_gpu.cache_clear()
+    dispatch.device_facts.cache_clear()
+    try:
+        gpu, _ = dispatch.device_gpu(0)
+        assert gpu is not None
+        assert (gpu.arch, gpu.shared_per_block) == (arch, shared)
+        assert dispatch.family_of(gpu)[0] == first
+        assert all(GPUS[name].arch == arch for name in dispatch.family_of(gpu))
+        facts = dispatch.device_facts(0)
+        assert (facts.capability, facts.shared_per_block) == (capability, shared)
+        assert facts.cuda == (12, 4)
+    finally:
+        dispatch.device_gpu.cache_clear()
+        dispatch.device_facts.cache_clear()
+
+
+def test_a_device_of_another_kind_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="New GPU", major=10, minor=0, multi_processor_count=148)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    dispatch.device_gpu.cache_clear()
+    try:
+        gpu, note = dispatch.device_gpu(0)
+        assert gpu is None
+        assert "no kernels for capability 10.0" in note
+    finally:
+        dispatch.device_gpu.cache_clear()

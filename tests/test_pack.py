@@ -19,12 +19,13 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from glac.archive import MANIFEST
 from glac.compile import Toolchain, compile_kernel, toolchain
 from glac.errors import PackError
 from glac.gpus import GPUS
 from glac.kernelspec import KernelSpec, config_kernels
 from glac.merge import merge_packs
-from glac.pack import MANIFEST, Pack, PackRow, manifest_sha256, read_pack, write_pack
+from glac.pack import Pack, PackRow, manifest_sha256, read_pack, write_pack
 from glac.problem import Bucket, Op
 from glac.templates import templates_sha256
 from tests.helpers_packs import (

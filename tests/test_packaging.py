@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,7 @@ else:
     import tomli as tomllib
 
 import glac
+from tests.helpers_packs import fake_pack
 
 ROOT = Path(__file__).resolve().parent.parent
 MAPPED = ("kernel_templates", "tuned_configs", "tuning")
@@ -142,18 +144,33 @@ for entry in files(glac.tuned_configs).iterdir():
 """
 
 
+SERVED_INSTALLED = """
+import json, sys
+import glac
+from glac.pack import read_pack
+from glac.settings import shipped_pack_dir
+assert glac.__file__.startswith(sys.argv[1]), glac.__file__
+for path in sorted(shipped_pack_dir().iterdir()):
+    pack = read_pack(path)
+    print(path.name, pack.arch, len([pack.read_cubin(name) for name in pack.kernels]))
+"""
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_beside_it(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77", reason="builds without isolation")
     source, installed = tmp_path / "source", tmp_path / "installed"
     # A copy, because setuptools would take up whatever an earlier build left in the checkout.
     source.mkdir()
-    unwanted = shutil.ignore_patterns("__pycache__")
+    unwanted = shutil.ignore_patterns("__pycache__", "packs")
     for name in ("glac", *MAPPED):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=unwanted)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
+
+    # As `glac build --shipped` leaves them, but with made-up kernels.
+    shipped = fake_pack(source / "glac" / "packs" / "sm_90a.zip")
 
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     offline = ["--no-index", "--no-deps"]
@@ -165,7 +182,7 @@ def test_wheel_holds_the_package_and_nothing_beside_it(tmp_path: Path) -> None:
 
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0] for name in names} == {"glac", f"glac-{glac.__version__}.dist-info"}
-    expected = {"glac/py.typed"}
+    expected = {"glac/py.typed", "glac/packs/sm_90a.zip"}
     for package, folder in FOLDERS.items():
         inside = package.replace(".", "/")
         for pattern in ("*.py", "*.yaml"):
@@ -174,7 +191,16 @@ def test_wheel_holds_the_package_and_nothing_beside_it(tmp_path: Path) -> None:
     assert expected <= names
 
     read = run_python(READ_INSTALLED, str(installed), cwd=tmp_path, PYTHONPATH=str(installed))
-    shipped = {line.split()[0]: int(line.split()[1]) for line in read.splitlines()}
+    configs = {line.split()[0]: int(line.split()[1]) for line in read.splitlines()}
     present = {path.name for path in (source / "tuned_configs").glob("*.yaml")}
-    assert set(shipped) == present
-    assert all(length > 0 for length in shipped.values())
+    assert set(configs) == present
+    assert all(length > 0 for length in configs.values())
+    served = run_python(SERVED_INSTALLED, str(installed), cwd=tmp_path, PYTHONPATH=str(installed))
+    assert served.split() == ["sm_90a.zip", "sm_90a", str(len(shipped.kernels))]
+
+    # The source distribution carries them as well, so a wheel made from it does.
+    sdist = "from setuptools.build_meta import build_sdist; import sys; build_sdist(sys.argv[1])"
+    run_python(sdist, str(tmp_path), cwd=source)
+    (archive,) = tmp_path.glob("glac-*.tar.gz")
+    with tarfile.open(archive) as files:
+        assert f"glac-{glac.__version__}/glac/packs/sm_90a.zip" in files.getnames()

@@ -1,0 +1,429 @@
+"""C sources of a pack: they compile without warnings, and launch what Python launches.
+
+The driver is a stand-in that takes notes; machine code is the name of its kernel, so the notes say
+which kernel got which arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glac.configs import ChunkKernelConfig, ForwardConfig
+from glac.emit_c import c_sources, function_names, write_c
+from glac.errors import GlacError, PackError
+from glac.forward import run_forward
+from glac.kernelspec import config_kernels
+from glac.pack import Pack, PackRow, read_pack, write_pack
+from glac.plan import GateInput, Plan
+from glac.problem import Bucket, DType, Gate, Problem, Specialisation
+from glac.validate import check_lowrank, check_vector
+from tests.helpers_packs import BACKWARD, FAKE_TOOLS, VECTOR, fake_compiled, fake_pack
+
+ROOT = Path(__file__).resolve().parent.parent
+K, V, RANK = 64, 48, 16
+CHUNK = ChunkKernelConfig(chunk=32, block_v=16, num_warps=4, num_stages=2)
+DENSE = Specialisation(K, V, DType.BF16, Gate.VECTOR, DType.FP32)
+LOWRANK = Specialisation(K, V, DType.BF16, Gate.LOWRANK, DType.BF16, RANK)
+WHOLE, SPLIT = ForwardConfig(CHUNK), ForwardConfig(CHUNK, 64, CHUNK)
+
+needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+
+# Reads the name of a kernel from its code, and its arguments by their sizes.
+DRIVER = """
+#include <stdio.h>
+#include <string.h>
+static const struct { const char *name; const char *sizes; } table[] = { @TABLE@ };
+static FILE *notes(void) { return fopen("@NOTES@", "a"); }
+int cuDriverGetVersion(int *v) { *v = @VERSION@; return 0; }
+int cuCtxGetDevice(int *d) { *d = 3; return 0; }
+int cuDeviceGetAttribute(int *v, int what, int device) {
+  if (device != 3) return 101;
+  *v = what == 75 ? @MAJOR@ : what == 76 ? 0 : @SHARED@;
+  return 0;
+}
+int cuModuleLoadData(void **module, const void *code) { *module = (void *)code; return 0; }
+int cuModuleUnload(void *module) { return module ? 0 : 400; }
+int cuModuleGetFunction(void **function, void *module, const char *symbol) {
+  *function = module;
+  return symbol[0] ? 0 : 500;
+}
+int cuFuncSetAttribute(void *f, int what, int value) { return f && what == 8 && value ? 0 : 1; }
+int cuLaunchKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by,
+                   unsigned bz, unsigned shared, void *stream, void **args, void **extra) {
+  FILE *out = notes();
+  if (y != 1 || z != 1 || by != 1 || bz != 1 || extra || stream != (void *)77) return 1;
+  for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
+    if (strcmp(table[i].name, f)) continue;
+    fprintf(out, "%s %u %u %u", (const char *)f, x, bx, shared);
+    for (size_t a = 0; table[i].sizes[a]; a++) {
+      fprintf(out, " ");
+      for (int b = 0; b < table[i].sizes[a] - '0'; b++)
+        fprintf(out, "%02x", ((unsigned char *)args[a])[b]);
+    }
+    fprintf(out, "\\n");
+  }
+  fclose(out);
+  return 0;
+}
+"""
+
+# Runs in a process of its own, which finds the stand-in by LD_LIBRARY_PATH.
+CALLER = """
+import ctypes, json, sys
+library, function, prefix, fields, workspace = json.loads(sys.argv[1])
+POINTERS = "q k v g x w bias cu h0 o ht".split()
+STRIDES = "q_b q_t q_h k_b k_t k_h v_b v_t v_h g_b g_t g_h x_b x_t".split()
+class Forward(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in POINTERS),
+        *((name, ctypes.c_int64) for name in STRIDES),
+        *((name, ctypes.c_int32) for name in "B T Hq Hk Hs N".split()),
+        *((name, ctypes.c_double) for name in "scale inv_normalizer clamp".split()),
+    ]
+code = ctypes.CDLL(library)
+handle = ctypes.c_void_p()
+status = getattr(code, prefix + "_open")(ctypes.byref(handle))
+if status == 0:
+    call = Forward(**fields)
+    ask = getattr(code, function + "_workspace")
+    ask.restype = ctypes.c_size_t
+    size = ask(ctypes.byref(call))
+    given = ctypes.c_size_t(size if workspace is None else workspace)
+    status = getattr(code, function)(
+        handle, ctypes.byref(call), ctypes.c_uint64(1 << 40), given, ctypes.c_void_p(77)
+    )
+    print(size, end=" ")
+    getattr(code, prefix + "_close")(handle)
+text = getattr(code, prefix + "_error")
+text.restype = ctypes.c_char_p
+print(status, text(status).decode())
+"""
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    rows = [
+        PackRow.make("h100", "tuned", "Some GPU", DENSE, Bucket(5, 9), SPLIT),
+        PackRow.make("h200", "heuristic", "", DENSE, Bucket(5, 9), SPLIT),
+        PackRow.make("h200", "heuristic", "", DENSE, Bucket(7, 9), WHOLE),
+        PackRow.make("h100", "tuned", "Some GPU", LOWRANK, Bucket(5, 9), SPLIT),
+        PackRow.make("h200", "heuristic", "", LOWRANK, Bucket(5, 9), WHOLE),
+        PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), BACKWARD),
+    ]
+    kernels = dict.fromkeys(k for r in rows for k in config_kernels(r.spec, r.config, "sm_90a"))
+    path = tmp_path_factory.mktemp("emit") / "sm_90a"
+    return write_pack(path, "sm_90a", map(fake_compiled, kernels), rows, FAKE_TOOLS)
+
+
+NAMES = {
+    (DENSE, SPLIT): "glac_sm90a_fwd_k64_v48_vector_bf16_gfp32_bh5_t9",
+    (DENSE, WHOLE): "glac_sm90a_fwd_k64_v48_vector_bf16_gfp32_bh7_t9",
+    (LOWRANK, SPLIT): "glac_sm90a_fwd_k64_v48_lowrank16_bf16_bh5_t9",
+    (LOWRANK, WHOLE): "glac_sm90a_fwd_k64_v48_lowrank16_bf16_bh5_t9_h200",
+}
+
+
+class Built:
+    """The compiled sources beside the stand-in."""
+
+    def __init__(self, pack: Pack, folder: Path, **device: int) -> None:
+        self.folder = folder
+        self.notes = folder / "notes"
+        write_c(pack, folder)
+        table = []
+        for name, kernel in pack.kernels.items():
+            sizes = "".join("8" if kind.startswith("*") else "4" for _, kind in kernel.args)
+            table.append(f'{{"{name}", "{sizes}88"}}')
+        values = {"MAJOR": 9, "SHARED": 232448, "VERSION": 12040, **device}
+        text = DRIVER.replace("@TABLE@", ", ".join(table)).replace("@NOTES@", str(self.notes))
+        for key, value in values.items():
+            text = text.replace(f"@{key}@", str(value))
+        (folder / "driver.c").write_text(text)
+        strict = [
+            "-std=c99",
+            "-Wall",
+            "-Wextra",
+            "-Wpedantic",
+            "-Werror",
+            "-D_POSIX_C_SOURCE=200809L",
+        ]
+        shared = ["gcc", "-shared", "-fPIC", "-O1"]
+        self.library = folder / "glac.so"
+        for command in (
+            [*shared, *strict, "-o", str(self.library), str(folder / "glac_sm_90a.c"), "-ldl"],
+            [*shared, "-o", str(folder / "libcuda.so.1"), str(folder / "driver.c")],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+
+    def call(
+        self, function: str, fields: dict[str, Any], workspace: int | None = None
+    ) -> tuple[str, list[list[str]]]:
+        """What was returned, and what was launched."""
+        self.notes.write_text("")
+        request = [str(self.library), function, "glac_sm90a", fields, workspace]
+        done = subprocess.run(
+            [sys.executable, "-c", CALLER, json.dumps(request)],
+            env={**os.environ, "LD_LIBRARY_PATH": str(self.folder)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip(), [line.split() for line in self.notes.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def built(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return Built(pack, tmp_path_factory.mktemp("built"))
+
+
+class Recorder:
+    """A kernel that takes notes in the form that the stand-in does."""
+
+    def __init__(self, pack: Pack, name: str, notes: list[list[str]]) -> None:
+        self.info, self.notes = pack.kernels[name], notes
+
+    def run(self, tensors: Any, scalars: Any, grid: int) -> None:
+        values = [0 if t is None else t.data_ptr() for t in tensors] + list(scalars)
+        info = self.info
+        texts = [info.name, str(grid), str(32 * info.num_warps), str(info.shared)]
+        for (_, kind), value in zip(info.args, values, strict=True):
+            code = "<Q" if kind.startswith("*") else {"i32": "<i", "fp32": "<f"}[kind]
+            texts.append(struct.pack(code, value).hex())
+        self.notes.append([*texts, "00" * 8, "00" * 8])
+
+
+def _spread(x: torch.Tensor) -> torch.Tensor:
+    """The same values with space between heads and tokens."""
+    wide = torch.empty((*x.shape[:2], x.shape[2] + 1, x.shape[3]), dtype=x.dtype)
+    wide[:, :, :-1] = x
+    return wide[:, :, :-1]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one token": {"T": 1},
+    "states": {"states": True},
+    "strides": {"spread": True, "T": 100},
+    "groups": {"heads": (2, 1, 4)},
+    "shared states": {"heads": (8, 2, 4), "states": True},
+    "packed": {"B": 1, "cu": (0, 70, 70, 300), "states": True},
+    "packed and short": {"B": 1, "T": 50, "cu": (0, 20, 50)},
+}
+
+
+@needs_gcc
+@pytest.mark.parametrize("spec", [DENSE, LOWRANK], ids=["dense", "lowrank"])
+@pytest.mark.parametrize("config", [SPLIT, WHOLE], ids=["split", "whole"])
+@pytest.mark.parametrize("case", CASES)
+def test_launches_are_those_of_python(
+    pack: Pack, built: Built, spec: Specialisation, config: ForwardConfig, case: str
+) -> None:
+    options: dict[str, Any] = {"B": 2, "T": 300, "heads": (4, 4, 4), **CASES[case]}
+    B, T = options["B"], options["T"]
+    Hq, Hk, Hs = options["heads"]
+    sequences = len(options["cu"]) - 1 if "cu" in options else B
+
+    def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        x = torch.zeros(shape, dtype=dtype)
+        return _spread(x) if options.get("spread") and len(shape) == 4 else x
+
+    q, k, v = make(B, T, Hq, K), make(B, T, Hk, K), make(B, T, Hs, V)
+    h0 = torch.zeros(sequences, Hs, K, V) if options.get("states") else None
+    cu = torch.tensor(options["cu"], dtype=torch.int32) if "cu" in options else None
+    problem: Problem
+    if spec.gate is Gate.VECTOR:
+        g = make(B, T, Hs, K, dtype=torch.float32)
+        gate, named = GateInput((g,)), {"g": g}
+        problem = check_vector(q, k, v, g, h0, cu)
+    else:
+        x, w, bias = make(B, T, RANK), make(Hs * K, RANK), make(Hs * K)
+        gate, named = GateInput((x, w, bias), 1 / 16.0, -3.25), {"x": x, "w": w, "bias": bias}
+        problem = check_lowrank(q, k, v, x, w, bias, h0, cu)
+    wanted: list[list[str]] = []
+    kernels = {
+        kernel.template: Recorder(pack, kernel.name, wanted)
+        for kernel in config_kernels(spec, config, "sm_90a")
+    }
+    plan = Plan(problem, config, kernels)
+    o, ht = run_forward(plan, q, k, v, gate, 0.125, h0, bool(options.get("states")), cu)
+
+    tensors = {"q": q, "k": k, "v": v, "cu": cu, "h0": h0, "o": o, "ht": ht, **named}
+    fields: dict[str, Any] = {n: 0 if t is None else t.data_ptr() for n, t in tensors.items()}
+    if options.get("spread"):
+        for name in ("q", "k", "v", "g"):
+            if name in tensors:
+                t = tensors[name]
+                assert t is not None
+                fields.update(zip((f"{name}_{a}" for a in "bth"), t.stride(), strict=False))
+    fields.update(B=B, T=T, Hq=Hq, Hk=Hk, Hs=Hs, N=sequences)
+    fields.update(scale=0.125, inv_normalizer=gate.inv_normalizer, clamp=gate.clamp)
+    answer, got = built.call(NAMES[spec, config], fields)
+    assert answer.split(maxsplit=1)[1] == "0 done"
+    assert len(got) == len(wanted)
+    for ours, theirs in zip(got, wanted, strict=True):
+        info = pack.kernels[ours[0]]
+        names = ["kernel", "grid", "threads", "shared", *(name for name, _ in info.args)]
+        for name, mine, other in zip([*names, "scratch", "profile"], ours, theirs, strict=True):
+            if name in ("states", "starts", "decay"):  # each has its own memory for these
+                assert (int(mine, 16) == 0) == (int(other, 16) == 0), (info.name, name)
+            else:
+                assert mine == other, (info.name, name)
+
+
+def _good() -> dict[str, Any]:
+    fields = dict.fromkeys(("q", "k", "v", "g", "o"), 1 << 30)
+    return {**fields, "B": 2, "T": 300, "Hq": 4, "Hk": 4, "Hs": 4, "scale": 1.0}
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": 0}, "-1 a pointer that must be there"),
+        ({"g": 0}, "-1 a pointer"),
+        ({"o": (1 << 30) + 8}, "-2 a pointer is not a multiple of 16"),
+        ({"h0": 4}, "-2 a pointer is not"),
+        ({"T": 0}, "-3 a size"),
+        ({"T": 2**31 - 1}, "-3 a size"),
+        ({"Hk": 3}, "-3 a size"),
+        ({"Hq": 6}, "-3 a size"),
+        ({"cu": 1 << 20, "N": 4}, "-3 a size"),
+        ({"B": 2**20, "Hq": 2**16, "Hk": 2**16, "Hs": 2**16}, "-3 a size"),
+        ({"q_t": 200, "q_h": 64, "q_b": 60000}, "-4 a stride"),
+        ({"k_t": 32, "k_h": 64, "k_b": 64000}, "-4 a stride"),
+        ({"v_t": 1 << 24, "v_h": 48, "v_b": 0}, "-4 a stride"),
+    ],
+)
+def test_wrong_calls_are_refused(built: Built, change: dict[str, Any], message: str) -> None:
+    answer, launched = built.call(NAMES[DENSE, SPLIT], {**_good(), **change})
+    assert answer.split(maxsplit=1)[1].startswith(message)
+    assert launched == []
+
+
+@needs_gcc
+def test_workspace(built: Built) -> None:
+    answer, launched = built.call(NAMES[DENSE, SPLIT], _good())
+    size = int(answer.split()[0])
+    assert size >= 2 * 4 * 5 * K * V * 4
+    assert len(launched) == 3
+    answer, launched = built.call(NAMES[DENSE, SPLIT], _good(), workspace=size - 1)
+    assert answer.split(maxsplit=1)[1].startswith("-5 the workspace is too small")
+    assert launched == []
+    answer, launched = built.call(NAMES[DENSE, WHOLE], _good(), workspace=0)
+    assert answer == "0 0 done"
+    assert len(launched) == 1
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ({"MAJOR": 10}, "-6 the current device does not run code for sm_90a"),
+        ({"VERSION": 11080}, "-7 no CUDA driver, or one older than for CUDA 12.0"),
+        ({"SHARED": 1000}, "-6 the current device does not run code"),
+    ],
+)
+def test_wrong_devices(pack: Pack, tmp_path: Path, device: dict[str, int], message: str) -> None:
+    answer, launched = Built(pack, tmp_path, **device).call(NAMES[DENSE, WHOLE], _good())
+    assert message in answer
+    assert launched == []
+
+
+@needs_gcc
+def test_header_is_cpp_too(pack: Pack, tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    write_c(pack, tmp_path)
+    (tmp_path / "use.cpp").write_text(
+        '#include "glac_sm_90a.h"\n'
+        "int main() { glac_forward call{}; return glac_sm90a_rows[0].run(nullptr, &call, 0, 0, "
+        "nullptr) == GLAC_NULL ? 0 : 1; }\n"
+    )
+    for command in (
+        ["gcc", "-c", "glac_sm_90a.c", "-o", "glac.o"],
+        ["g++", "-Wall", "-Wextra", "-Werror", "use.cpp", "glac.o", "-ldl", "-o", "use"],
+        ["./use"],
+    ):
+        subprocess.run(command, cwd=tmp_path, check=True)
+
+
+def test_the_text_depends_on_the_pack_alone(pack: Pack, tmp_path: Path) -> None:
+    again = tmp_path / "deeper" / "copy"
+    shutil.copytree(pack.path, again)
+    assert c_sources(read_pack(again)) == c_sources(pack)
+    header, source = c_sources(pack)
+    assert str(pack.path) not in header + source
+    assert max(map(len, header.splitlines())) <= 100
+    # Two GPUs with one config share a function; other ops are left out.
+    assert {name for name in NAMES.values() if f"int {name}(" in header} == set(NAMES.values())
+    assert header.count("_workspace(const glac_forward *call);") == len(NAMES)
+    assert source.count("/* gla_bwd") == 0
+    assert function_names(pack) == NAMES
+
+
+def test_what_cannot_be_written(pack: Pack, tmp_path: Path) -> None:
+    with pytest.raises(PackError, match="cannot be written"):
+        write_c(pack, Path("/proc/glac"))
+    row = PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), BACKWARD)
+    kernels = config_kernels(VECTOR, BACKWARD, "sm_90a")
+    only = write_pack(tmp_path / "b", "sm_90a", map(fake_compiled, kernels), [row], FAKE_TOOLS)
+    with pytest.raises(GlacError, match="no forward row"):
+        c_sources(only)
+    damaged = fake_pack(tmp_path / "d")
+    for cubin in (damaged.path / "cubins").iterdir():
+        cubin.write_bytes(b"x")
+    with pytest.raises(PackError, match="bytes, got"):
+        c_sources(damaged)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@needs_gcc
+def test_the_example_builds(pack: Pack, tmp_path: Path) -> None:
+    """With a header and a library that only name what it uses: neither needs to be installed."""
+    write_c(pack, tmp_path)
+    (tmp_path / "cuda.h").write_text(STAND_IN_HEADER)
+    names = re.findall(r"\b(cu\w+)\(", STAND_IN_HEADER)
+    (tmp_path / "stub.c").write_text("".join(f"int {name};\n" for name in names))
+    library = str(tmp_path / "libcuda.so.1")
+    stub = ["gcc", "-shared", "-fPIC", "-o", library, str(tmp_path / "stub.c")]
+    configure = ["cmake", "-S", str(ROOT / "examples" / "c"), "-B", str(tmp_path / "build")]
+    places = {"GLAC_SOURCES": tmp_path, "CUDA_INCLUDE": tmp_path, "CUDA_DRIVER": library}
+    configure += [f"-D{key}={value}" for key, value in places.items()]
+    configure += ["-DCMAKE_C_FLAGS=-Wall -Wextra -Werror"]
+    for command in (stub, configure, ["cmake", "--build", str(tmp_path / "build")]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "build" / "prefill").is_file()
+
+
+STAND_IN_HEADER = """
+#include <stddef.h>
+typedef int CUresult, CUdevice;
+typedef unsigned long long CUdeviceptr;
+typedef struct CUctx_st *CUcontext;
+typedef struct CUstream_st *CUstream;
+enum { CUDA_SUCCESS, CU_STREAM_NON_BLOCKING };
+CUresult cuInit(unsigned);
+CUresult cuDeviceGet(CUdevice *, int);
+CUresult cuDevicePrimaryCtxRetain(CUcontext *, CUdevice);
+CUresult cuCtxSetCurrent(CUcontext);
+CUresult cuStreamCreate(CUstream *, unsigned);
+CUresult cuStreamSynchronize(CUstream);
+CUresult cuMemAlloc(CUdeviceptr *, size_t);
+CUresult cuMemcpyHtoD(CUdeviceptr, const void *, size_t);
+CUresult cuMemcpyDtoH(void *, CUdeviceptr, size_t);
+CUresult cuMemsetD8(CUdeviceptr, unsigned char, size_t);
+CUresult cuGetErrorString(CUresult, const char **);
+"""

@@ -1,0 +1,425 @@
+"""The short way of a call: the same launches as the long way, and only for calls like one before.
+
+The driver is one that writes launches down; tensors lie in CPU memory and kernels compute nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import struct
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from glac import dispatch, driver, engine, fast, launch
+from glac.attention import chunk_gla, chunk_gla_lowrank
+from glac.configs import (
+    BackwardConfig,
+    ChunkKernelConfig,
+    Config,
+    ForwardConfig,
+    TileKernelConfig,
+)
+from glac.errors import InputError, InputTypeError
+from glac.kernelspec import KernelSpec, config_kernels
+from glac.pack import run_time_args
+from glac.plan import Plan
+from glac.problem import Op, Problem
+from tests.test_driver import Driver
+
+B, T, H, K, V = 2, 300, 4, 64, 64
+CHUNK = ChunkKernelConfig(chunk=32, block_v=64, num_warps=4, num_stages=2)
+FORWARD = {"whole": ForwardConfig(CHUNK), "split": ForwardConfig(CHUNK, 64, CHUNK)}
+BACKWARD = {
+    "whole": BackwardConfig(CHUNK, TileKernelConfig(32, 64, 64, 4, 2, dv=True)),
+    "split": BackwardConfig(CHUNK, TileKernelConfig(32, 64, 64, 4, 2, dv=True), segment=64),
+    "tiles": BackwardConfig(CHUNK, TileKernelConfig(32, 32, 32, 4, 2), CHUNK),
+}
+
+
+class Launches:
+    """What was launched: kernel, configuration, arguments."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+        self.names: dict[int, tuple[str, str, int]] = {}
+        self.code = 0
+
+    def __call__(self, start: int, kernel: int, nothing: int, extra: int) -> int:
+        assert nothing == 0
+        name, layout, _ = self.names[kernel]
+        head = struct.unpack("@7I4xQQI4x8x", ctypes.string_at(start, 64))
+        one, where, two, size, end = (ctypes.c_uint64 * 5).from_address(extra)
+        assert (one, two, end) == (1, 2, 0)
+        length = ctypes.c_size_t.from_address(size).value
+        assert length == struct.calcsize(layout)
+        self.seen.append((name, head, struct.unpack(layout, ctypes.string_at(where, length))))
+        return self.code
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    taken = Launches()
+    library = Driver(1)
+    monkeypatch.setattr(driver, "_library", lambda: library)
+    monkeypatch.setattr(driver, "_launcher", lambda: taken)
+    monkeypatch.setattr(driver.DriverKernel, "_check_parameters", lambda *args: None)
+    monkeypatch.setattr(engine, "_launchable", lambda problem, q: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
+    monkeypatch.setattr(fast, "_raw_stream", lambda index: 5)
+    monkeypatch.setattr(fast, "_current_device", lambda: None)
+    monkeypatch.setattr(fast, "_on_gpu", lambda q: True)
+    monkeypatch.delenv("GLAC_CHECKED", raising=False)
+    monkeypatch.delenv("GLAC_REQUIRE_AOT", raising=False)
+    # No address comes twice, so that each stands for one tensor.
+    kept: list[Tensor] = []
+
+    def keeping(make: Any) -> Any:
+        def made(*args: Any, **options: Any) -> Tensor:
+            kept.append(make(*args, **options))
+            return kept[-1]
+
+        return made
+
+    for module, name, make in (
+        (torch, "empty", torch.empty),
+        (fast, "_empty", torch.empty),
+        (fast, "_empty_like", torch.empty_like),
+    ):
+        monkeypatch.setattr(module, name, keeping(make))
+    dispatch.clear()
+    yield taken
+    dispatch.clear()
+
+
+@pytest.fixture(params=["whole", "split", "tiles"])
+def configs(
+    request: pytest.FixtureRequest, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Kernels of these configs serve; those with scratch memory among them."""
+    name: str = request.param
+    wanted: dict[Op, Config] = {
+        Op.FORWARD: FORWARD.get(name, FORWARD["whole"]),
+        Op.BACKWARD: BACKWARD[name],
+    }
+    loaded: dict[KernelSpec, launch.DeviceKernel] = {}
+
+    def load(spec: KernelSpec) -> launch.DeviceKernel:
+        if spec not in loaded:
+            kinds = [kind for _, kind in run_time_args(spec)]
+            made = driver.DriverKernel(
+                spec.name,
+                b"code",
+                "x",
+                kinds,
+                4,
+                1024,
+                128 if len(loaded) % 2 else 0,
+                None,  # type: ignore[arg-type]
+            )
+            made.address = 1000 + len(loaded)
+            launches.names[made.address] = (spec.name, driver.argument_format(kinds), 0)
+            loaded[spec] = launch.DeviceKernel(made)
+        return loaded[spec]
+
+    def resolve(problem: Problem, device: Any, op: Op = Op.FORWARD) -> Any:
+        config = wanted[op]
+        kernels = {k.template: load(k) for k in config_kernels(problem.spec, config, "sm_90a")}
+        return None, Plan(problem, config, kernels)
+
+    monkeypatch.setattr(dispatch, "resolve", resolve)
+    return name
+
+
+def inputs(lowrank: bool = False, **options: Any) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape).bfloat16()
+
+    q, k, v = draw(B, T, H, K), draw(B, T, H, K), draw(B, T, H, V)
+    if lowrank:
+        return q, k, v, draw(B, T, 16), draw(H * K, 16), draw(H * K)
+    return q, k, v, -draw(B, T, H, K).abs()
+
+
+def normalised(seen: list[tuple[Any, ...]], known: dict[int, str]) -> list[tuple[Any, ...]]:
+    """Launches with addresses replaced by what they are of, or by the order they appear in."""
+    new: dict[int, str] = {}
+
+    def name(value: Any) -> Any:
+        if not isinstance(value, int) or value < 1 << 32:
+            return value
+        return known.get(value) or new.setdefault(value, f"new {len(new)}")
+
+    return [(kernel, head, tuple(map(name, values))) for kernel, head, values in seen]
+
+
+def addresses(*tensors: Tensor | None) -> dict[int, str]:
+    return {t.data_ptr(): f"given {i}" for i, t in enumerate(tensors) if t is not None}
+
+
+def run(launches: Launches, call: Any, *tensors: Tensor | None) -> tuple[Any, list[Any]]:
+    """A result, and the launches that made it."""
+    launches.seen.clear()
+    result = call()
+    results = [t for t in result if isinstance(t, Tensor)]
+    return result, normalised(launches.seen, addresses(*tensors, *results))
+
+
+@pytest.mark.parametrize("lowrank", [False, True])
+@pytest.mark.parametrize("states", [False, True])
+def test_forward(launches: Launches, configs: str, lowrank: bool, states: bool) -> None:
+    function = chunk_gla_lowrank if lowrank else chunk_gla
+    x = inputs(lowrank)
+    h0 = torch.randn(B, H, K, V) if states else None
+    options: dict[str, Any] = {"initial_state": h0, "output_final_state": states, "scale": 0.25}
+    (o, final), first = run(launches, lambda: function(*x, **options), *x, h0)
+    assert len(dispatch.bound) == 1
+    assert (final is not None) == states
+    # Other tensors like these, in other places.
+    y = tuple(t.clone() for t in x)
+    again = None if h0 is None else h0.clone()
+    options["initial_state"] = again
+    bound = next(iter(dispatch.bound.values()))
+    assert isinstance(bound, fast.Bound)
+    (o2, final2), second = run(launches, lambda: function(*y, **options), *y, again)
+    assert second == first
+    assert (o2.shape, o2.dtype, o2.is_contiguous()) == (o.shape, o.dtype, True)
+    assert (final2 is None) == (final is None)
+    if final2 is not None:
+        assert (final2.shape, final2.dtype) == (final.shape, final.dtype)
+    assert not o2.requires_grad
+    # And it was the short way: with the long one gone it still works.
+    assert next(iter(dispatch.bound.values())) is bound
+
+
+def test_one_tensor_in_two_places(launches: Launches, configs: str) -> None:
+    q, k, v, g = inputs()
+    chunk_gla(q, q, v, g)
+    _, got = run(launches, lambda: chunk_gla(q, k, v, g), q, k, v, g)
+    dispatch.bound.clear()
+    _, wanted = run(launches, lambda: chunk_gla(q, k, v, g), q, k, v, g)
+    assert got == wanted
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_backward(
+    launches: Launches, configs: str, states: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = inputs()
+    h0 = torch.randn(B, H, K, V, requires_grad=True) if states else None
+    leaves = [t.requires_grad_() for t in x] + ([h0] if h0 is not None else [])
+    do, dht = torch.randn(B, T, H, V).bfloat16(), torch.randn(B, H, K, V)
+
+    def call() -> tuple[Tensor, ...]:
+        o, final = chunk_gla(*x, initial_state=h0, output_final_state=states)
+        assert o.requires_grad
+        if final is None:
+            return torch.autograd.grad(o, leaves, do)
+        return torch.autograd.grad([o, final], leaves, [do, dht])
+
+    first_grads, first = run(launches, call, *x, h0, do, dht)
+    remembered = list(dispatch.bound.values())
+    grads, second = run(launches, call, *x, h0, do, dht)
+    assert second == first
+    assert [(g.shape, g.dtype) for g in grads] == [(g.shape, g.dtype) for g in first_grads]
+    assert list(dispatch.bound.values()) == remembered
+    assert isinstance(remembered[0], fast.Bound)
+    # Gradients that are sums of parts go the long way, which is remembered too.
+    assert isinstance(remembered[1], fast.Bound) == (configs != "tiles")
+    if configs != "tiles":
+        monkeypatch.setattr(engine, "backward", None)
+        run(launches, call, *x, h0, do, dht)
+
+
+def test_gradients_of_a_low_rank_gate_go_the_long_way(launches: Launches, configs: str) -> None:
+    x = inputs(lowrank=True)
+    leaves = [t.requires_grad_() for t in x]
+    do = torch.randn(B, T, H, V).bfloat16()
+
+    def call() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(chunk_gla_lowrank(*x)[0], leaves, do)
+
+    _, first = run(launches, call, *x, do)
+    _, second = run(launches, call, *x, do)
+    assert [item[0] for item in first] == [item[0] for item in second]
+    assert list(dispatch.bound.values())[1] is fast.NEVER
+
+
+LONG: dict[str, Any] = {
+    "another scale": lambda x: ((x[0], x[1], x[2], x[3]), {"scale": 0.5}),
+    "another length": lambda x: (tuple(t[:, :200] for t in x), {}),
+    "another layout": lambda x: (
+        tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in x),
+        {},
+    ),
+    "another gate dtype": lambda x: ((*x[:3], x[3].float()), {}),
+    "final state": lambda x: (x, {"output_final_state": True}),
+    "initial state": lambda x: (x, {"initial_state": torch.zeros(B, H, K, V)}),
+}
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+@pytest.mark.parametrize("change", LONG)
+def test_what_makes_a_call_another_one(launches: Launches, configs: str, change: str) -> None:
+    x = inputs()
+    chunk_gla(*x)
+    args, options = LONG[change](x)
+    _, got = run(launches, lambda: chunk_gla(*args, **options), *args)
+    assert len(dispatch.bound) == 2
+    dispatch.bound.clear()
+    _, wanted = run(launches, lambda: chunk_gla(*args, **options), *args)
+    assert got == wanted
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_unaligned_tensors_are_copied(launches: Launches, configs: str) -> None:
+    x = inputs()
+    chunk_gla(*x)
+    memory = torch.empty(x[0].numel() + 1, dtype=torch.bfloat16)
+    odd = memory[1:].view(x[0].shape).copy_(x[0])
+    assert odd.data_ptr() % 16
+    launches.seen.clear()
+    chunk_gla(odd, *x[1:])
+    (seen,) = launches.seen
+    assert seen[2][0] not in (odd.data_ptr(), x[0].data_ptr())
+    assert all(value % 16 == 0 for value in seen[2][:5])
+    # Nor is such a call remembered as one that never can be.
+    dispatch.bound.clear()
+    chunk_gla(odd, *x[1:])
+    assert dispatch.bound == {}
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_layouts_that_need_copies_never_go_the_short_way(launches: Launches, configs: str) -> None:
+    q, k, v, g = inputs()
+    q = q.transpose(2, 3).contiguous().transpose(2, 3)
+    for _ in range(2):
+        launches.seen.clear()
+        chunk_gla(q, k, v, g)
+        assert launches.seen[0][2][0] != q.data_ptr()
+    assert list(dispatch.bound.values()) == [fast.NEVER]
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_what_has_to_see_a_call_sees_it(
+    launches: Launches, configs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    x = inputs()
+    chunk_gla(*x)
+
+    def refused(*args: Any) -> Any:
+        raise AssertionError("the short way")
+
+    monkeypatch.setattr(fast.Bound, "run", refused)
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    class Sub(Tensor):  # type: ignore[no-untyped-call,unused-ignore]
+        @classmethod
+        def __torch_dispatch__(  # type: ignore[override]
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    numbers = ((None,), False)
+    assert fast.key_of((*x, None), *numbers) in dispatch.bound
+    with Mode():  # type: ignore[no-untyped-call]
+        assert fast.key_of((*x, None), *numbers) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast.key_of((*x, None), *numbers) is None
+    with torch.autograd.forward_ad.dual_level():
+        assert fast.key_of((*x, None), *numbers) is None
+    assert fast.key_of((x[0].as_subclass(Sub), *x[1:], None), *numbers) is None
+    assert fast.key_of((torch.nn.Parameter(x[0]), *x[1:], None), *numbers) in dispatch.bound
+    with pytest.raises(InputTypeError, match="dense tensor"):
+        chunk_gla(x[0].to_sparse(), *x[1:])
+    monkeypatch.setenv("GLAC_CHECKED", "1")
+    assert fast.key_of((*x, None), *numbers) is None
+    monkeypatch.delenv("GLAC_CHECKED")
+    with pytest.raises(AssertionError, match="the short way"):
+        chunk_gla(*x)
+    for wrong in (True, 1, "2"):
+        assert fast.key_of((*x, None), (wrong,), False) is None  # type: ignore[arg-type]
+    with pytest.raises(InputTypeError, match="scale"):
+        chunk_gla(*x, scale=True)
+    with pytest.raises(InputTypeError, match="q must be"):
+        chunk_gla(None, *x[1:])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="state_layout"):
+        chunk_gla(*x, state_layout="xy")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_it_is_forgotten_with_the_decisions(
+    launches: Launches, configs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = inputs()
+    chunk_gla(*x)
+    assert dispatch.bound
+    dispatch.clear()
+    assert dispatch.bound == {}
+    monkeypatch.setattr(fast, "LIMIT", 3)
+    for tokens in range(1, 9):
+        chunk_gla(*(t[:, :tokens] for t in x))
+        assert len(dispatch.bound) <= 3
+    # Another current device: the long way, which changes it for the launch.
+    monkeypatch.setattr(fast, "_current_device", lambda: 7)
+    assert fast.find(next(iter(dispatch.bound))) is None
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_a_failed_launch_is_an_error(launches: Launches, configs: str) -> None:
+    x = inputs()
+    chunk_gla(*x)
+    launches.code = 1
+    with pytest.raises(Exception, match="launching gla_fwd_"):
+        chunk_gla(*x)
+    launches.code = 0
+    chunk_gla(*x)
+
+
+@pytest.mark.parametrize("configs", ["split"], indirect=True)
+def test_threads(launches: Launches, configs: str) -> None:
+    """Each launch has a buffer of its own while it lasts."""
+    x = inputs()
+    sets = [tuple(t.clone() for t in x) for _ in range(4)]
+    chunk_gla(*x)
+    wrong: list[Any] = []
+    launches.seen.clear()
+
+    def work(own: tuple[Tensor, ...]) -> None:
+        try:
+            for _ in range(100):
+                chunk_gla(*own)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in sets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(launches.seen) == 4 * 100 * 3
+    counts = {own[0].data_ptr(): 0 for own in sets}
+    for name, _, values in launches.seen:
+        if name.startswith("gla_fwd_"):
+            counts[values[0]] += 1
+            (own,) = (own for own in sets if own[0].data_ptr() == values[0])
+            assert values[1:4] == tuple(t.data_ptr() for t in own[1:])
+    assert set(counts.values()) == {100}
