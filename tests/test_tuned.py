@@ -61,7 +61,7 @@ def test_order_of_rows_does_not_matter() -> None:
 
 def test_any_yaml_reader_reads_it() -> None:
     data = yaml.safe_load(TEXT)
-    assert data["schema"] == 2
+    assert data["schema"] == 3
     assert data["rows"][0]["op"] == "forward"
     assert data["environment"]["date"] == "2026-01-02"
     assert data["rows"][0]["stats"]["error"] == pytest.approx(2.1e-3)
@@ -106,9 +106,9 @@ def test_illegal_file_is_not_written(tmp_path: Path) -> None:
     ("old", "new", "field"),
     [
         ("gpu: h100", "gpu: v100", "gpu: unknown GPU 'v100'"),
-        ("schema: 2", "schema: 3", "schema: version 3 is newer"),
-        ("schema: 2", "schema: 1", "schema: version 1 is older"),
-        ("schema: 2", "schema: true", "schema: wanted 2"),
+        ("schema: 3", "schema: 4", "schema: version 4 is newer"),
+        ("schema: 3", "schema: 1", "schema: version 1 is older"),
+        ("schema: 3", "schema: true", "schema: wanted 3"),
         ("op: forward", "op: sideways", "rows[0].op: wanted forward or backward"),
         ("op: forward", "op: backward", "rows[0].config: unknown keys ['fwd', 'segment'"),
         ("{forward: ", "{backward: ", "environment.templates_sha256.backward: unknown key"),

@@ -35,12 +35,14 @@ from glac.errors import GlacError, StudyError
 from glac.problem import Op, Problem, Specialisation
 from glac.tuning.evaluate import (
     CRASHED,
+    DEADLY,
     ERROR,
     HUNG,
     Device,
     Effort,
     Outcome,
     Yardstick,
+    failure_status,
 )
 
 CUDA_SESSION = "glac.tuning.worker:cuda_session"
@@ -103,6 +105,7 @@ class CudaSession:
         self._effort = Effort(**effort)
         self._seed = seed
         self._checker: Any = None
+        self._clock: Any = None
 
     def device(self) -> Device:
         props = self._torch.cuda.get_device_properties(self._index)
@@ -117,10 +120,14 @@ class CudaSession:
 
     def prepare(self, problem: Problem, op: Op) -> Yardstick:
         from glac.tuning.checks import Checker
+        from glac.tuning.clocks import ClockReader
         from glac.tuning.timing import CudaStopwatch
 
         self._checker = None
         self._torch.cuda.empty_cache()
+        if self._clock is None:
+            uuid = getattr(self._torch.cuda.get_device_properties(self._index), "uuid", "")
+            self._clock = ClockReader(str(uuid))
         self._checker = Checker(
             problem,
             self._torch.device("cuda", self._index),
@@ -129,6 +136,7 @@ class CudaSession:
             self._effort,
             self._seed,
             op,
+            self._clock.read,
         )
         yardstick: Yardstick = self._checker.yardstick
         return yardstick
@@ -202,11 +210,12 @@ def _answer(session: Session, request: Mapping[str, Any]) -> tuple[Any, bool]:
         return session.evaluate(config, request["best_us"]).to_dict(), False
     except Exception as error:
         healthy = session.healthy()
-        status = ERROR if healthy else CRASHED
-        return Outcome(status, reason=_one_line(error)).to_dict(), not healthy
+        reason = _one_line(error)
+        status = failure_status(reason, ERROR if healthy else CRASHED)
+        return Outcome(status, reason=reason).to_dict(), not healthy
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """End when the parent is gone, even in the middle of a kernel that never ends."""
     while os.getppid() == parent:
         time.sleep(1.0)
@@ -223,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
 
     def reply(message: Mapping[str, Any]) -> None:
         replies.write(json.dumps(message).encode() + b"\n")
@@ -333,6 +342,8 @@ class WorkerEvaluator:
             if code < 0:
                 known = {s.value: s.name for s in signal.Signals}
                 how = f"died of {known.get(-code, f'signal {-code}')}"
+                if code == -signal.SIGKILL:
+                    how += " (ended from outside; often the machine ran out of memory)"
         text = ""
         if self._stderr:
             with contextlib.suppress(OSError, ValueError):
@@ -478,7 +489,7 @@ class WorkerEvaluator:
         except _Hung:
             return Outcome(HUNG, reason=f"no answer in {self._timeout:g} s")
         except _Died as error:
-            return Outcome(CRASHED, reason=str(error))
+            return Outcome(failure_status(str(error), CRASHED), reason=str(error))
         except _Refused as error:
             return Outcome(ERROR, reason=str(error))
         try:
@@ -486,7 +497,7 @@ class WorkerEvaluator:
         except ValueError as error:
             self._stop()
             return Outcome(CRASHED, reason=f"worker answered nonsense: {error}"[:_REASON])
-        if outcome.status == CRASHED:
+        if outcome.status in DEADLY:
             self._stop()
         return outcome
 

@@ -53,11 +53,13 @@ class Counting:
         self.names: list[str] = []
         compile_one = Worker.compile
 
-        def compile_counted(worker: Worker, kernel: KernelSpec) -> CompiledKernel | GlacError:
+        def compile_counted(
+            worker: Worker, kernel: KernelSpec, twin_arch: str = ""
+        ) -> CompiledKernel | GlacError:
             self.names.append(kernel.name)
             if getattr(kernel.config, "chunk", 0) == refuse:
                 return CompileError("needs 999999 bytes of shared memory,\nsm_90a has 232448")
-            return compile_one(worker, kernel)
+            return compile_one(worker, kernel, twin_arch)
 
         monkeypatch.setattr(Worker, "compile", compile_counted)
 

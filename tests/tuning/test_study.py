@@ -99,7 +99,7 @@ def test_failures_are_recorded_with_their_reason(tmp_path: Path) -> None:
 def _trials(storage: Path) -> list[Any]:
     backend = optuna.storages.journal.JournalFileBackend(str(storage))
     opened = optuna.storages.JournalStorage(backend)
-    (name,) = optuna.get_all_study_names(opened)
+    (name,) = (n for n in optuna.get_all_study_names(opened) if not n.endswith("|finals"))
     return list(optuna.load_study(study_name=name, storage=opened).trials)
 
 
@@ -224,9 +224,6 @@ def test_a_killed_study_goes_on_where_it_ended(tmp_path: Path, how: signal.Signa
         assert process.stdout
         assert next(line for line in process.stdout if line.strip() == "5")
         time.sleep(0.1)
-        # While it runs, the journal is its own.
-        with pytest.raises(StudyError, match="another study"):
-            run(storage, times())
         process.send_signal(how)
         process.wait(timeout=30)
     with storage.open("ab") as file:
