@@ -41,6 +41,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # name: (module, attribute, one line for `glac --help`)
 LAZY_COMMANDS: dict[str, tuple[str, str, str]] = {
     "tune": ("glac.tuning.cli", "tune_command", "Search the fastest right config on a GPU."),
+    "tune-proxy": ("glac.tuning.proxy", "proxy_command", "Serve a study to other machines."),
+    "report": ("glac.tuning.report", "report_command", "Write a study's report as one web page."),
 }
 
 # What brings a module that may be absent.

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from glac.kernelspec import KernelSpec
 
 TIMEOUT = 300.0
 """Seconds for one kernel; the slowest of all candidates so far took 14."""
+_TRIES = 3
 
 
 def _serve() -> None:
@@ -72,7 +74,20 @@ class Worker:
         )
 
     def compile(self, kernel: KernelSpec, twin_arch: str = "") -> CompiledKernel | GlacError:
-        """Compile one kernel; what goes wrong is returned, a hanging compiler too."""
+        """Compile one kernel; what goes wrong is returned, a hanging compiler too.
+
+        A process that was killed from outside says nothing about the kernel: it is tried again.
+        """
+        for _ in range(_TRIES):
+            result, killed = self._compile(kernel, twin_arch)
+            if not killed:
+                break
+        return result
+
+    def _compile(
+        self, kernel: KernelSpec, twin_arch: str
+    ) -> tuple[CompiledKernel | GlacError, bool]:
+        """The result, and whether the process was killed from outside."""
         if self._process is None:
             self._process = self._start()
         process = self._process
@@ -101,17 +116,17 @@ class Worker:
         if not line:
             code = self.close()
             if time.monotonic() - started >= TIMEOUT:
-                return CompileError(
-                    f"the compiler did not answer for {TIMEOUT:g} s on {kernel.name}"
-                )
-            return CompileError(f"the compiler died on {kernel.name} (exit status {code})")
+                text = f"the compiler did not answer for {TIMEOUT:g} s on {kernel.name}"
+                return CompileError(text), False
+            text = f"the compiler died on {kernel.name} (exit status {code})"
+            return CompileError(text), code in (-signal.SIGKILL, -signal.SIGTERM)
         answer = json.loads(line)
         if "error" in answer:
-            return CompileError(answer["error"], hint=answer["hint"])
+            return CompileError(answer["error"], hint=answer["hint"]), False
         compiled = answer["compiled"]
         for code_ in ("cubin", "twin"):
             compiled[code_] = base64.b64decode(compiled[code_])
-        return CompiledKernel(kernel=kernel, **compiled)
+        return CompiledKernel(kernel=kernel, **compiled), False
 
     def close(self) -> int | None:
         """End the process; its exit status."""

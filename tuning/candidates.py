@@ -28,6 +28,7 @@ from glac.kernelspec import KernelSpec, config_kernels
 from glac.pack import Pack, read_pack, write_pack
 from glac.problem import Op, Problem
 from glac.templates import template_op, templates_sha256
+from glac.tuning.evaluate import reason_kind
 from glac.tuning.fleet import space_from_dict, space_to_dict
 from glac.tuning.space import Space
 
@@ -283,7 +284,12 @@ def _reusable(path: Path, arch: str, toolchain: Mapping[str, str]) -> _Reusable:
             scratch_bytes=kernel.scratch_bytes,
             num_warps=kernel.num_warps,
         )
-    failures = {name: reason for name, reason in old.failures.items() if name in known}
+    # A compiler that died or hung may have better luck: not the last word on a kernel.
+    failures = {
+        name: reason
+        for name, reason in old.failures.items()
+        if name in known and reason_kind(reason) != "compiler crashed"
+    }
     return _Reusable(spaces, kept, failures)
 
 

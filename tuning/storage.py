@@ -1,8 +1,9 @@
 """Where a study is kept: a journal file, or a server that many machines share.
 
     studies/h100.journal            a file (the default); many processes of one machine
-    grpc://host:13000               a proxy, `glac tune-proxy`, in front of a file or a database
+    grpc://host:13000               a proxy, `glac tune-proxy`, in front of a database
     postgresql://user@host/name     a PostgreSQL database
+    study.db                        an SQLite file, which `glac tune-proxy` makes; read when it ended
 
 A file is locked by the kernel while it is written, so a killed process never leaves a lock behind;
 a last line that it tore is cut off by the next writer.
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 from glac.errors import MissingEnvironmentError, StudyError
 
 _TAIL = 1 << 20
+_SQLITE = b"SQLite format 3\0"
 
 
 def is_url(where: Path | str) -> bool:
@@ -112,6 +114,28 @@ def _open_journal(optuna: Any, path: Path, create: bool) -> Any:
         ) from None
 
 
+def is_sqlite(path: Path) -> bool:
+    """Whether a file is an SQLite database."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_SQLITE)) == _SQLITE
+    except OSError:
+        return False
+
+
+def open_sqlite(optuna: Any, path: Path) -> Any:
+    """The storage in an SQLite file, which is made if it is not there. For one process at a time.
+
+    Raises:
+        StudyError: it cannot be used.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be written ({error.strerror})") from None
+    return optuna.storages.get_storage(_open_database(optuna, f"sqlite:///{path.resolve()}"))
+
+
 def _open_grpc(optuna: Any, url: str) -> Any:
     parts = urlsplit(url)
     if not parts.hostname or parts.port is None or parts.path not in ("", "/"):
@@ -127,7 +151,7 @@ def _open_grpc(optuna: Any, url: str) -> Any:
     except Exception as error:
         raise StudyError(
             f"{url}: no proxy answers there ({error})",
-            hint="start one: glac tune-proxy study.journal",
+            hint="start one: glac tune-proxy study.db",
         ) from None
     return proxy
 
@@ -141,10 +165,7 @@ def _open_database(optuna: Any, url: str) -> Any:
             )
         url = f"postgresql+psycopg://{rest}"
     try:
-        return optuna.storages.RDBStorage(
-            url,
-            engine_kwargs={"pool_pre_ping": True, "pool_size": 4, "max_overflow": 4},
-        )
+        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise StudyError(
@@ -167,7 +188,11 @@ def open_storage(optuna: Any, where: Path | str, create: bool = True) -> Iterato
         MissingEnvironmentError: what the URL needs is not installed.
     """
     if not is_url(where):
-        yield _open_journal(optuna, Path(where), create)
+        path = Path(where)
+        if is_sqlite(path):
+            yield open_sqlite(optuna, path)
+        else:
+            yield _open_journal(optuna, path, create)
         return
     url = str(where)
     scheme = url.partition("://")[0]

@@ -38,6 +38,7 @@ from glac.tuning.evaluate import (
     DEADLY,
     ERROR,
     HUNG,
+    OUT_OF_MEMORY,
     Device,
     Effort,
     Outcome,
@@ -49,6 +50,8 @@ CUDA_SESSION = "glac.tuning.worker:cuda_session"
 """Factory of the session that measures on a CUDA device."""
 _MAX_LINE = 1 << 24
 _STARTS = 3
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
+"""No kernel ends its process so: somebody did, or the kernel of a machine without memory left."""
 _REASON = 300
 
 
@@ -298,6 +301,7 @@ class WorkerEvaluator:
         self._id = 0
         self._prepared: tuple[Problem, Op] | None = None
         self._yardstick: Yardstick | None = None
+        self._killed = False
         self.starts = 0
 
     def _start(self) -> None:
@@ -342,8 +346,8 @@ class WorkerEvaluator:
             if code < 0:
                 known = {s.value: s.name for s in signal.Signals}
                 how = f"died of {known.get(-code, f'signal {-code}')}"
-                if code == -signal.SIGKILL:
-                    how += " (ended from outside; often the machine ran out of memory)"
+                if code in _FROM_OUTSIDE:
+                    self._killed = True
         text = ""
         if self._stderr:
             with contextlib.suppress(OSError, ValueError):
@@ -474,9 +478,20 @@ class WorkerEvaluator:
     def evaluate(self, config: Config, best_us: float | None) -> Outcome:
         """What becomes of a candidate; a dead or hung worker is an outcome too.
 
+        A worker that was killed from outside says nothing about the candidate, which is tried
+        again; if that goes on, the machine is out of memory.
+
         Raises:
             StudyError: the worker cannot be started again.
         """
+        for _ in range(_STARTS):
+            self._killed = False
+            outcome = self._evaluate(config, best_us)
+            if not self._killed:
+                return outcome
+        return Outcome(OUT_OF_MEMORY, reason=f"{_STARTS} times: {outcome.reason}"[:_REASON])
+
+    def _evaluate(self, config: Config, best_us: float | None) -> Outcome:
         self._ready()
         try:
             value = self._ask(
