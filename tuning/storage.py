@@ -3,7 +3,7 @@
     studies/h100.journal            a file (the default); many processes of one machine
     grpc://host:13000               a proxy, `glac tune-proxy`, in front of a database
     postgresql://user@host/name     a PostgreSQL database
-    study.db                        an SQLite file, which `glac tune-proxy` makes; read when it ended
+    study.db                        what `glac tune-proxy` makes, to be read when that has ended
 
 A file is locked by the kernel while it is written, so a killed process never leaves a lock behind;
 a last line that it tore is cut off by the next writer.

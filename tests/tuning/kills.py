@@ -2,11 +2,11 @@
 
     python -m tests.tuning.kills --kills 200
 
-A study of a recorded table runs with two workers and is started again and again; each time, after a
-random while, one of its processes gets SIGKILL: the tuner, a worker, or a worker's measuring process.
-After every kill the study must open, hold every result it held before, and lack at most the
-candidates that were running; the YAML must be absent or whole. In the end the result must be that of
-a study nobody disturbed, and each candidate must have been counted once.
+A study of a recorded table runs with two workers and is started again and again; each time, after
+a random while, one of its processes gets SIGKILL: the tuner, a worker, or one that measures or
+compiles. After every kill the study must open, hold every result it held before, and lack at most
+the candidates that were running; the YAML must be absent or whole. In the end the result must be
+that of a study nobody disturbed, and each candidate must have been counted once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def small_table(path: Path, configs: int = 24) -> Path:
     return path
 
 
-def command(table: Path, storage: str, out: Path, log: Path, sleep: float, *more: str) -> list[str]:
+def command(
+    table: Path, storage: str, out: Path, log: Path, sleep: float, *more: str
+) -> list[str]:
     words = ["-m", "glac", "tune", "--gpu", "h100", "--replay", table, "--storage", storage]
     words += ["--out", out, "--replay-log", log, "--replay-sleep", sleep, "--json", *more]
     return [sys.executable, *map(str, words)]
@@ -174,7 +176,9 @@ def check(storage: str, out: Path, before: State, kills: int) -> State:
     return now
 
 
-def run(folder: Path, storage: str, kills: int, seed: int = 0, sleep: float = 0.15) -> dict[str, Any]:
+def run(
+    folder: Path, storage: str, kills: int, seed: int = 0, sleep: float = 0.15
+) -> dict[str, Any]:
     """``kills`` kills, then the study to its end; what was seen.
 
     Raises:
@@ -190,11 +194,12 @@ def run(folder: Path, storage: str, kills: int, seed: int = 0, sleep: float = 0.
     assert undisturbed.returncode == 0, (text[-2000:], errors)
     log.touch()
     words = command(table, storage, out, log, sleep, "--workers", str(WORKERS), "--lease", "5")
-    state, seen, done, finished = State(), Counter[str](), 0, 0
+    state, seen = State(), Counter[str]()
+    done, rounds, finished, studies, lost = 0, 0, 0, 1, 0
     while done < kills:
         if finished or len(state.done) >= 23:
             # It got to the end in spite of us: another study of the same kind, beside the first.
-            finished = 0
+            finished, studies, lost = 0, studies + 1, lost + look(storage).lost
             _forget(storage, out)
             log.write_text("")
             state = State()
@@ -221,7 +226,8 @@ def run(folder: Path, storage: str, kills: int, seed: int = 0, sleep: float = 0.
         wait_gone(list(below))
         process.communicate()
         state = check(storage, out, state, done)
-        _check_log(log, state, done)
+        rounds += 1
+        _check_log(log, state, done + rounds)
     process = start(words)
     text, errors = process.communicate(timeout=300)
     assert process.returncode == 0, (process.returncode, text[-2000:], errors)
@@ -231,7 +237,7 @@ def run(folder: Path, storage: str, kills: int, seed: int = 0, sleep: float = 0.
     assert rows_of(out) == rows_of(quiet), "the result differs from that of an undisturbed study"
     data = json.loads(text)["data"]
     assert data["results"][0]["tried"] == 24
-    return {"kills": dict(seen), "lost_trials": state.lost, "log": len(log.read_text().split("\n"))}
+    return {"kills": dict(seen), "lost_trials": lost + state.lost, "studies": studies}
 
 
 def _check_log(log: Path, state: State, kills: int) -> None:
@@ -240,7 +246,8 @@ def _check_log(log: Path, state: State, kills: int) -> None:
     unknown = state.done.keys() - tried.keys()
     assert not unknown, f"results of candidates that nobody tried: {unknown}"
     wasted = sum(tried.values()) - sum(state.done.values())
-    # A kill of the tuner ends both workers; a kill of one worker costs one trial.
+    # A kill of the tuner, with which each round ends, costs what both workers were trying; a kill
+    # of one process costs one trial, or has it tried once more.
     assert wasted <= WORKERS * kills, f"{wasted} trials without a result after {kills} kills"
 
 

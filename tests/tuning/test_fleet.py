@@ -183,8 +183,9 @@ def test_a_torn_line_is_healed_while_others_write(tmp_path: Path) -> None:
     ],
 )
 def test_storages_that_are_none_are_refused(where: str, wanted: str) -> None:
-    with pytest.raises((StudyError, MissingEnvironmentError)) as caught, open_storage(
-        optuna, where
+    with (
+        pytest.raises((StudyError, MissingEnvironmentError)) as caught,
+        open_storage(optuna, where),
     ):
         pass
     assert wanted in caught.value.message or isinstance(caught.value, MissingEnvironmentError)
