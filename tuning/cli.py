@@ -422,7 +422,10 @@ def _started(problem: Problem, op: Op, gpu: GpuSpec, level: str, out: Path | Non
 def _replayed(
     table: Table, gpu: GpuSpec, problems: Sequence[Problem] | None, ops: Sequence[Op], level: str
 ) -> list[Space]:
-    """The spaces of a table, started without the rows that were made from it."""
+    """The spaces of a table, each started from the winners of the table's other problems.
+
+    Tuned files stay out of it: they may have been made from this very table.
+    """
     spaces = [
         item
         for item in table.spaces(gpu)
@@ -433,7 +436,14 @@ def _replayed(
             f"{table.path}: has no rows for what was asked",
             hint="leave out --suite, --shape and --op to replay all that it has",
         )
-    warm = [warmed(item, gpu, add=False) for item in spaces]
+    best = [
+        Winner(problem, min(rows, key=lambda c: rows[c].us or math.inf))
+        for (problem, _), rows in table.outcomes.items()
+    ]
+    warm = [
+        warmed(item, gpu, [w for w in best if w.problem != item.problem], add=False)
+        for item in spaces
+    ]
     if level != "quick":
         return warm
     return [replace(item, configs=item.configs[:QUICK_CANDIDATES]) for item in warm]
