@@ -1,13 +1,14 @@
 """How many timed configs does a sampler need? Replayed on exhaustive tables, no GPU.
 
-    python benchmarks/samplers.py benchmarks/results/h200_*_study.csv -o benchmarks/results/samplers.json
-    python benchmarks/samplers.py --plot benchmarks/results/samplers.json
+    cd benchmarks/results
+    python ../samplers.py h200_forward_study.csv h200_backward_study.csv -o samplers.json
+    python ../samplers.py --plot samplers.json
 
 Each run starts from the default config and ends after 60 timed configs or at the optimum. "cold"
 runs know nothing else; "warm" ones start as `glac tune` does: winners of the *other* tables of the
-same op, and the favourites of the roofline and of the rules of thumb. Counted is the number of timed
-configs until the best is within 2 % of the table's optimum. Repeats are never timed, so random means
-random without repetition.
+same op, and the favourites of the roofline and of the rules of thumb. Counted is the number of
+timed configs until the best is within 2 % of the table's optimum. Repeats are never timed, so
+random means random without repetition.
 """
 
 from __future__ import annotations

@@ -344,7 +344,8 @@ def _history(view: StudyView) -> str:
                 f'y2="{level:.1f}"/><text x="{width - right}" y="{level - 4:.1f}" '
                 f'text-anchor="end">{label} {us:.1f}</text>'
             )
-    path, best = [], math.inf
+    path: list[str] = []
+    best = math.inf
     for index, t in enumerate(view.tried):
         us, at = t.outcome.us, x(index)
         tip = f"<title>{_e(t.config)}: {_e(t.outcome.status)}, {_time(us)} us</title>"
@@ -587,7 +588,7 @@ def _details(view: StudyView, opened: bool) -> str:
 def _environment(views: Sequence[StudyView]) -> str:
     """Where it was measured; one line for each combination."""
     names = ("driver", "torch")
-    rows = {}
+    rows: dict[tuple[str, ...], None] = {}
     for view in views:
         f = view.facts
         device = f.get("device") or {}
