@@ -108,8 +108,7 @@ class Board:
         self.running: dict[str, Any] = {}
         self.lost = 0
         self._seen: dict[int, tuple[Any, float]] = {}
-        self._claim: Claim | None = None
-        self._claimed_at = 0.0
+        self._held: dict[int, float] = {}
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._renewer: threading.Thread | None = None
@@ -157,7 +156,7 @@ class Board:
         self.done, self.running, self.lost = done, running, lost
 
     def _is_stale(self, trial: Any) -> bool:
-        if self._claim is not None and trial._trial_id == self._claim.trial_id:
+        if trial._trial_id in self._held:
             return False
         owner = str(trial.user_attrs.get(OWNER, ""))
         if _surely_gone(owner):
@@ -193,7 +192,7 @@ class Board:
         trial_id = self._storage.create_new_trial(self._study, template)
         number = self._storage.get_trial_number_from_id(trial_id)
         claim = Claim(trial_id, number, key)
-        self._hold(claim)
+        self._hold(trial_id)
         self.refresh()
         live = {**self.running, **self.done}
         earlier = {k for k, trial in live.items() if trial.number < number}
@@ -204,7 +203,7 @@ class Board:
 
     def tell(self, claim: Claim, value: float, works: bool, **attributes: Any) -> bool:
         """Record a result; whether it counts, which it does not if the claim was lost."""
-        self._hold(None)
+        self._let_go(claim.trial_id)
         try:
             for name, attribute in attributes.items():
                 self._storage.set_trial_user_attr(claim.trial_id, name, attribute)
@@ -217,7 +216,7 @@ class Board:
 
     def withdraw(self, claim: Claim) -> None:
         """Give a candidate back untried."""
-        self._hold(None)
+        self._let_go(claim.trial_id)
         self._fail(claim.trial_id)
 
     def _fail(self, trial_id: int) -> None:
@@ -225,25 +224,30 @@ class Board:
         with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError, RuntimeError):
             self._storage.set_trial_state_values(trial_id, self._states.FAIL)
 
-    # The lease of what we hold.
+    # The leases of what we hold.
 
-    def _hold(self, claim: Claim | None) -> None:
+    def _hold(self, trial_id: int) -> None:
         with self._lock:
-            self._claim, self._claimed_at = claim, time.monotonic()
-        if claim is not None and self._renewer is None:
+            self._held[trial_id] = time.monotonic()
+        if self._renewer is None:
             self._renewer = threading.Thread(target=self._renew, daemon=True)
             self._renewer.start()
+
+    def _let_go(self, trial_id: int) -> None:
+        with self._lock:
+            self._held.pop(trial_id, None)
 
     def _renew(self) -> None:
         pause = self._lease / 4
         while not self._closed.wait(pause):
             with self._lock:
-                claim, held = self._claim, time.monotonic() - self._claimed_at
-            if claim is None or held < pause / 2:
-                continue
-            # A storage that is away for a while: the next renewal, or the result, will tell.
-            with contextlib.suppress(Exception):
-                self._storage.set_trial_user_attr(claim.trial_id, LEASE, round(held, 1))
+                held = dict(self._held)
+            for trial_id, since in held.items():
+                age = time.monotonic() - since
+                if age >= pause / 2:
+                    # A storage that is away for a while: the next renewal, or the result, tells.
+                    with contextlib.suppress(Exception):
+                        self._storage.set_trial_user_attr(trial_id, LEASE, round(age, 1))
 
     def close(self) -> None:
         """End the renewals."""

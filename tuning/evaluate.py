@@ -203,6 +203,10 @@ class Evaluator(Protocol):
         """
         ...
 
+    def abort(self) -> None:
+        """End an evaluation that runs in another thread; called before ``close`` at most."""
+        ...
+
     def close(self) -> None:
         """Release the device."""
         ...
@@ -247,6 +251,9 @@ class ReplayEvaluator:
             swing = [1.0 + self.jitter * ((i * 7) % 5 - 2) / 2 for i in range(rounds)]
             times.append([us * s for s in swing] if us else [])
         return times
+
+    def abort(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

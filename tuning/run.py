@@ -196,6 +196,9 @@ class _Stopped:
     def compare(self, configs: Sequence[Config], rounds: int) -> list[list[float]]:
         raise KeyboardInterrupt
 
+    def abort(self) -> None:
+        self._inner.abort()
+
     def close(self) -> None:
         self._inner.close()
 

@@ -16,6 +16,7 @@ import fcntl
 import importlib.util
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -145,7 +146,9 @@ def _open_grpc(optuna: Any, url: str) -> Any:
             "a study behind a gRPC proxy needs grpcio and protobuf",
             hint="pip install 'glac[fleet]'",
         )
-    proxy = optuna.storages.GrpcStorageProxy(host=parts.hostname, port=parts.port)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is experimental since Optuna 4.2, and works
+        proxy = optuna.storages.GrpcStorageProxy(host=parts.hostname, port=parts.port)
     try:
         proxy.wait_server_ready(timeout=20)
     except Exception as error:

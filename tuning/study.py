@@ -16,6 +16,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -194,6 +195,14 @@ def _decide_from_outcomes(
     return replace(choice, compared=False)
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A candidate that this worker claimed."""
+
+    claim: Claim
+    config: Config
+
+
 @dataclass
 class _ProblemStudy:
     """The study of one op of one problem, by one of any number of workers."""
@@ -259,16 +268,13 @@ class _ProblemStudy:
             self._shown = len(self.outcomes)
             self.progress.step(self._detail(), new)
 
-    def _try(self, claim: Claim, config: Config) -> None:
-        best = self.best
-        try:
-            self.prepare()
-            with self.clock:
-                outcome = self.evaluator.evaluate(config, best[1] if best else None)
-        except BaseException:
-            # Not this candidate's fault: it is tried again when the study goes on.
-            self.board.withdraw(claim)
-            raise
+    def _measure(self, config: Config, best_us: float | None) -> Outcome:
+        """What becomes of a candidate; runs in a thread of its own."""
+        self.prepare()
+        with self.clock:
+            return self.evaluator.evaluate(config, best_us)
+
+    def _record(self, claim: Claim, config: Config, outcome: Outcome) -> None:
         us = outcome.us if outcome.ok else None
         value = _INFEASIBLE if us is None else math.log(us)
         if not self.board.tell(claim, value, outcome.ok, outcome=outcome.to_dict()):
@@ -290,21 +296,58 @@ class _ProblemStudy:
         first = next((c for c in free if c in starts), None)
         return first or self.proposer.next(self.outcomes, taken)
 
+    def _take(self) -> _Held | None:
+        """A candidate that is ours now; ``None`` if there is none, or another was first."""
+        config = self._next()
+        if config is None:
+            return None
+        claim = self.board.claim(config.slug, self.planned, coordinates(config), self._ranges)
+        return None if claim is None else _Held(claim, config)
+
     def run(self) -> None:
-        """Try candidates until as many as planned have an outcome, together with other workers."""
-        while True:
-            self.refresh()
-            self._report()
-            if len(self.outcomes) >= self.planned:
-                return
-            config = self._next()
-            if config is None:
-                time.sleep(_POLL)
-                continue
-            point, ranges = coordinates(config), self._ranges
-            claim = self.board.claim(config.slug, self.planned, point, ranges)
-            if claim is not None:
-                self._try(claim, config)
+        """Try candidates until as many as planned have an outcome, together with other workers.
+
+        While one is measured, the result of the one before is written and the next one is taken:
+        the device waits for neither storage nor sampler.
+        """
+        with ThreadPoolExecutor(1) as measuring:
+            while True:
+                self.refresh()
+                self._report()
+                if len(self.outcomes) >= self.planned:
+                    return
+                held = self._take()
+                if held is None:
+                    time.sleep(_POLL)
+                else:
+                    self._run_from(held, measuring)
+
+    def _run_from(self, current: _Held | None, measuring: ThreadPoolExecutor) -> None:
+        """Measure a candidate, and more as long as there is one to take."""
+        before: tuple[_Held, Outcome] | None = None
+        ahead: _Held | None = None
+        try:
+            while current is not None:
+                ours = [self.best[1]] if self.best else []
+                ours += [before[1].us] if before and before[1].us else []
+                future = measuring.submit(self._measure, current.config, min(ours, default=None))
+                if before:
+                    self._record(before[0].claim, before[0].config, before[1])
+                    before = None
+                    self._report()
+                ahead = self._take()
+                before, current, ahead = (current, future.result()), ahead, None
+            if before:
+                self._record(before[0].claim, before[0].config, before[1])
+        except BaseException:
+            # Not the candidates' fault: they are tried again when the study goes on.
+            self.evaluator.abort()
+            if before:
+                self._record(before[0].claim, before[0].config, before[1])
+            for held in (current, ahead):
+                if held is not None:
+                    self.board.withdraw(held.claim)
+            raise
 
     @cached_property
     def _ranges(self) -> dict[str, Any]:

@@ -301,7 +301,7 @@ class WorkerEvaluator:
         self._id = 0
         self._prepared: tuple[Problem, Op] | None = None
         self._yardstick: Yardstick | None = None
-        self._killed = False
+        self._killed = self._aborted = False
         self.starts = 0
 
     def _start(self) -> None:
@@ -487,7 +487,7 @@ class WorkerEvaluator:
         for _ in range(_STARTS):
             self._killed = False
             outcome = self._evaluate(config, best_us)
-            if not self._killed:
+            if not self._killed or self._aborted:
                 return outcome
         return Outcome(OUT_OF_MEMORY, reason=f"{_STARTS} times: {outcome.reason}"[:_REASON])
 
@@ -532,6 +532,13 @@ class WorkerEvaluator:
                 if len(times) == len(configs):
                     return times
         return [[] for _ in configs]
+
+    def abort(self) -> None:
+        """End the worker in the middle of what another thread asked of it."""
+        self._aborted = True
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def close(self) -> None:
         """End the worker."""

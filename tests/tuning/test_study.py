@@ -185,17 +185,22 @@ def test_ctrl_c_keeps_the_best_and_the_next_run_goes_on(tmp_path: Path) -> None:
 
 
 SLOW_STUDY = """
-import sys, time
+import sys, threading
 from pathlib import Path
 import test_study_shared as shared
 from glac.tuning.evaluate import ReplayEvaluator
 from glac.tuning.study import run_study
 
+stopped = threading.Event()
+
 class Slow(ReplayEvaluator):
     def evaluate(self, config, best_us):
         print(len(self.calls), flush=True)
-        time.sleep(0.05 if len(self.calls) < 5 else 60)
+        stopped.wait(0.05 if len(self.calls) < 5 else 60)
         return super().evaluate(config, best_us)
+
+    def abort(self):
+        stopped.set()
 
 run_study([shared.TINY], Slow(shared.TABLE), Path(sys.argv[1]), gpu="h100")
 """
@@ -233,7 +238,7 @@ def test_a_killed_study_goes_on_where_it_ended(tmp_path: Path, how: signal.Signa
     assert report.results[0].complete
     states = [t.state.name for t in _trials(storage)]
     assert states.count("COMPLETE") == len(CONFIGS)
-    assert states.count("FAIL") == 1
+    assert 1 <= states.count("FAIL") <= 2, "what was tried, and what was taken meanwhile"
     assert "RUNNING" not in states
 
 
