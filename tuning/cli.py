@@ -387,6 +387,7 @@ def tune_command(
             devices=devices,
             progress=progress,
             sampler=sampler,
+            lease=lease,
         )
     _finish(tuned, gpu, where)
 

@@ -251,13 +251,13 @@ class Fleet:
         code = member.process.poll()
         if code is None:
             return True
-        if code in (0, 130) or member.starts > RESTARTS:
+        if code in (0, 130) or member.starts > RESTARTS + 1:
             return False
         member.errors.seek(0)
         lines = member.errors.read().strip().splitlines()
         member.errors.close()
         last = f": {lines[-1][:200]}" if lines else ""
-        again = member.starts < RESTARTS
+        again = member.starts <= RESTARTS
         self._progress.note(
             f"worker {member.index} on device {member.device} ended with status {code}{last}"
             f"{'; started again' if again else ''}"

@@ -283,6 +283,7 @@ def tune(
     devices: Sequence[int] | None = None,
     progress: Progress | None = None,
     sampler: str = DEFAULT_SAMPLER,
+    lease: float = LEASE_SECONDS,
 ) -> Tuned:
     """Measure candidates on this machine's GPUs and write the winners.
 
@@ -300,6 +301,7 @@ def tune(
         devices: several of them, one worker each; instead of ``device``.
         progress: told of everything.
         sampler: for spaces that are not tried whole.
+        lease: seconds after which a silent worker of another machine has lost its candidate.
 
     Raises:
         StudyError: candidates, storage or ``out`` are unusable.
@@ -341,6 +343,8 @@ def tune(
             "trials": trials,
             "seed": seed,
             "sampler": sampler,
+            "lease": lease,
+            "elsewhere": bool(path),
             "key": {
                 op: f"triton {tools['triton']}, ptxas {tools['ptxas']}, templates {sha[:12]}{path}"
                 for op, sha in templates.items()

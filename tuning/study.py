@@ -24,6 +24,7 @@ from typing import Any
 
 from glac.configs import Config
 from glac.errors import GlacError, MissingEnvironmentError, StudyError
+from glac.gpus import GPUS, GpuSpec
 from glac.problem import Op, Problem
 from glac.tuning.board import LEASE_SECONDS, Board, Claim
 from glac.tuning.evaluate import (
@@ -35,6 +36,7 @@ from glac.tuning.evaluate import (
     Outcome,
     reason_kind,
 )
+from glac.tuning.prior import predicted_us
 from glac.tuning.progress import Progress
 from glac.tuning.propose import Proposer, coordinates, one_thread, ranges
 from glac.tuning.space import EXHAUSTIVE, Space
@@ -154,6 +156,7 @@ def decide(
     times: Mapping[Config, Sequence[float]],
     noise: float = 0.0,
     incumbent: Config | None = None,
+    rank: Callable[[Config], float] | None = None,
 ) -> Choice:
     """The winner among configs timed in the same rounds.
 
@@ -163,9 +166,14 @@ def decide(
         noise: a lower bound, for times that say nothing about their own spread.
         incumbent: what serves the problem now, the default if None. It stays unless it is beaten
             by more than max(1 %, noise). If it failed, the default takes its place.
+        rank: orders configs that are within that of the best, smallest first, where the times are
+            from another device than the one that is meant.
     """
     middle = {config: statistics.median(values) for config, values in times.items()}
     best = min(middle, key=lambda c: (middle[c], c.slug))
+    if rank is not None:
+        limit = middle[best] * (1.0 + max(WORTHWHILE, noise, spread(times[best])))
+        best = min((c for c in middle if middle[c] <= limit), key=lambda c: (rank(c), middle[c]))
     default_us = middle.get(default, 0.0)
     holder = next((c for c in (incumbent, default) if c is not None and c in times), None)
     if holder is None:
@@ -217,6 +225,7 @@ class _ProblemStudy:
     proposer: Proposer | None
     progress: Progress
     clock: _Clock
+    rank: Callable[[Config], float] | None = None
     outcomes: dict[Config, Outcome] = field(default_factory=dict)
     yardstick: float = math.nan
     prepared: bool = False
@@ -374,7 +383,7 @@ class _ProblemStudy:
         holder = incumbent if incumbent in finalists else default
         if not times or (holder in finalists and holder not in times):
             return _decide_from_outcomes(default, self.outcomes, incumbent)
-        return decide(default, times, incumbent=incumbent)
+        return decide(default, times, incumbent=incumbent, rank=self.rank)
 
     def _compared(self, key: str, finalists: Sequence[Config]) -> Mapping[Config, Sequence[float]]:
         """Times of the comparison called ``key``; empty if it cannot be made."""
@@ -458,6 +467,7 @@ def run_study(
     sampler: str = DEFAULT_SAMPLER,
     lease: float = LEASE_SECONDS,
     facts: Mapping[str, Any] | None = None,
+    elsewhere: bool = False,
 ) -> Report:
     """Study problem after problem, alone or beside other processes that call this too.
 
@@ -476,6 +486,7 @@ def run_study(
         sampler: one of ``glac.tuning.propose.SAMPLERS``.
         lease: seconds after which a silent worker of another machine has lost its candidate.
         facts: about toolchain and checkout, kept with the study for its report.
+        elsewhere: times are from another model than ``gpu``, whose roofline decides ties.
 
     Returns:
         What was found, also after Ctrl-C.
@@ -508,6 +519,7 @@ def run_study(
                         lease,
                         progress,
                         clock,
+                        GPUS[gpu] if elsewhere else None,
                     )
                     result, interrupted = run.problem(space, title, name, trials, missing, known)
                     results.append(result)
@@ -535,6 +547,7 @@ class _Run:
     lease: float
     progress: Progress
     clock: _Clock
+    meant: GpuSpec | None = None
 
     def problem(
         self,
@@ -565,6 +578,7 @@ class _Run:
             None if exhaustive else Proposer(self.optuna, usable, self.sampler, self.seed),
             self.progress,
             self.clock,
+            (lambda c: predicted_us(problem, c, meant)) if (meant := self.meant) else None,
         )
         choice: Choice | None = None
         trouble, interrupted = "", False

@@ -300,6 +300,45 @@ def test_the_default_stays_within_noise() -> None:
     assert decide(default, clear).config == other
 
 
+def test_the_incumbent_stays_unless_it_is_clearly_beaten() -> None:
+    default, incumbent, other = CONFIGS[:3]
+    times: dict[Config, list[float]] = {
+        default: [120.0] * 5,
+        incumbent: [100.0] * 5,
+        other: [99.2] * 5,
+    }
+    kept = decide(default, times, incumbent=incumbent)
+    assert (kept.config, kept.us, kept.default_us) == (incumbent, 100.0, 120.0)
+    assert decide(default, times).config == other
+    beaten = decide(default, {**times, other: [98.0] * 5}, incumbent=incumbent)
+    assert beaten.config == other
+    failed = {c: row for c, row in times.items() if c != incumbent}
+    assert decide(default, failed, incumbent=incumbent).config == other
+
+
+def test_ties_on_another_device_are_ranked() -> None:
+    default, one, two, three = CONFIGS[:4]
+    times: dict[Config, list[float]] = {
+        default: [120.0] * 5,
+        one: [100.0] * 5,
+        two: [100.5] * 5,
+        three: [103.0] * 5,
+    }
+    ranks: dict[Config, float] = {default: 9.0, one: 3.0, two: 2.0, three: 1.0}
+    assert decide(default, times, rank=ranks.__getitem__).config == two
+    assert decide(default, times).config == one
+
+
+def test_a_row_that_serves_now_is_in_the_final(tmp_path: Path) -> None:
+    incumbent = CONFIGS[11]
+    table = times(**{CONFIGS[2].slug: 198.9, incumbent.slug: 200.0})
+    tried = Space(PROBLEM, DEFAULT, CONFIGS, incumbent)
+    report, _ = run(tmp_path / "s.journal", table, tried)
+    choice = report.results[0].choice
+    assert choice is not None
+    assert (choice.config, choice.default_us) == (incumbent, 205.0)
+
+
 def test_a_comparison_that_fails_falls_back_on_the_first_times(tmp_path: Path) -> None:
     class NoComparison(ReplayEvaluator):
         def compare(self, configs: object, rounds: int) -> list[list[float]]:
