@@ -396,7 +396,10 @@ def compile_candidates(
             progress(counts["done"], total, counts["failed"])
 
     try:
-        compile_many(todo, jobs, on_done, twin.assembled_for if twin else "")
+        if twin is None:
+            compile_many(todo, jobs, on_done)
+        else:
+            compile_many(todo, jobs, on_done, twin.assembled_for)
     except BaseException:
         save(complete=False)
         raise
