@@ -105,6 +105,37 @@ def test_random_kills_cost_only_what_was_running(kind: str, count: int, tmp_path
     assert sum(seen["kills"].values()) >= count
 
 
+OPENING = """
+import sys
+import optuna
+from glac.tuning.board import Board
+from glac.tuning.storage import open_storage
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+with open_storage(optuna, sys.argv[1]) as storage:
+    board = Board(optuna, storage, "study")
+    claim = board.claim(sys.argv[2])
+    assert claim is not None
+    assert board.tell(claim, 1.0, True)
+    board.close()
+"""
+
+
+def test_workers_that_begin_together_make_a_new_database_usable(tmp_path: Path) -> None:
+    with a_storage("postgresql", tmp_path) as url:
+        import psycopg
+
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("DROP DATABASE IF EXISTS glac_new")
+            connection.execute("CREATE DATABASE glac_new")
+        fresh = f"{url.rpartition('/')[0]}/glac_new"
+        begun = [kills.start([sys.executable, "-c", OPENING, fresh, f"c{i}"]) for i in range(4)]
+        for process in begun:
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 0, errors[-1000:]
+        assert set(kills.look(fresh).done) == {f"c{i}" for i in range(4)}
+
+
 def test_a_dead_worker_of_this_machine_is_noticed_at_once(tmp_path: Path) -> None:
     with open_storage(optuna, tmp_path / "s.journal") as storage:
         mine, other = (Board(optuna, storage, "study") for _ in range(2))
