@@ -181,7 +181,7 @@ def test_an_interrupted_tuner_gives_back_what_it_held(
 
 
 def test_each_worker_has_a_device_of_its_own(tmp_path: Path) -> None:
-    tried = space(make_problem((1, 256, 1, 16, 16)), GPUS["h100"], "quick")
+    tried = space(make_problem((16, 2048, 8, 128, 128)), GPUS["h100"], "quick")
     tried = warmed(tried, GPUS["h100"], incumbent=tried.configs[1])
     plan = Plan(
         [tried],
