@@ -350,10 +350,11 @@ def tune_command(
         return
     if loaded is not None:
         check_usable(loaded, gpu)
-        spaces = run.choose_spaces(loaded, problems, gpu, level, ops)
+        chosen = run.choose_spaces(loaded, problems, gpu, level, ops)
+        spaces = [_defended(item, gpu, target) for item in chosen]
     else:
         wanted = problems or SUITES["standard"]
-        spaces = [_started(problem, op, gpu, level, out) for problem in wanted for op in ops]
+        spaces = [_started(problem, op, gpu, level, target) for problem in wanted for op in ops]
     if dry_run:
         _dry_run(spaces, gpu, jobs)
         return
@@ -400,17 +401,29 @@ def _gpu_of(table: Path) -> GpuSpec:
     raise click.UsageError(f"--gpu is needed: {table.name} does not begin with the name of one")
 
 
-def _known(gpu: GpuSpec, out: Path | None) -> tuple[list[TunedFile], list[Winner]]:
-    """Files whose rows serve ``gpu`` now, the file to be updated first; and all winners."""
-    own = [file] if out is not None and (file := check_target(out, gpu)) is not None else []
-    own += available(gpu.name)
+def _serving(gpu: GpuSpec, target: Path) -> list[TunedFile]:
+    """Files whose rows serve ``gpu`` now, the file to be updated first."""
+    file = check_target(target, gpu)
+    return [*([file] if file is not None else []), *available(gpu.name)]
+
+
+def _known(gpu: GpuSpec, target: Path) -> tuple[list[TunedFile], list[Winner]]:
+    """Files whose rows serve ``gpu`` now, and the winners of all GPUs."""
+    own = _serving(gpu, target)
     others = [file for name in GPUS if name != gpu.name for file in available(name)]
     return own, winners([*own, *others])
 
 
-def _started(problem: Problem, op: Op, gpu: GpuSpec, level: str, out: Path | None) -> Space:
+def _defended(compiled: Space, gpu: GpuSpec, target: Path) -> Space:
+    """A compiled space with what serves its problem now as the incumbent, if it was compiled."""
+    row = incumbent_row(compiled.problem, compiled.op, _serving(gpu, target), gpu)
+    config = row.config if row and row.config in compiled.configs else None
+    return replace(compiled, incumbent=config)
+
+
+def _started(problem: Problem, op: Op, gpu: GpuSpec, level: str, target: Path) -> Space:
     """The space of a problem with its warm starts in front."""
-    own, known = _known(gpu, out)
+    own, known = _known(gpu, target)
     row = incumbent_row(problem, op, own, gpu)
     whole = space(problem, gpu, level, op)
     started = warmed(whole, gpu, known, row.config if row else None)

@@ -93,7 +93,9 @@ def predicted_us(problem: Problem, config: Config, gpu: GpuSpec) -> float:
             seconds += _walk_seconds(problem, config.summary, gpu, again, 1, segments)
             seconds += _LAUNCH + states / gpu.copy_bandwidth
         return seconds * 1e6
-    assert isinstance(config, BackwardConfig)
+    if not isinstance(config, BackwardConfig):
+        # An op without a model of its own: nothing to choose by but what has to move.
+        return problem.bytes(config.op) / gpu.copy_bandwidth * 1e6
     grads = config.grads
     v_tiles = math.ceil(padded_v(spec) / grads.block_v)
     k_tiles = math.ceil(padded_k(spec) / grads.block_k)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from glac.configs import BackwardConfig, ChunkKernelConfig, Config
+from glac.configs import BackwardConfig, ChunkKernelConfig, Config, ForwardConfig
 from glac.tuning.evaluate import Outcome
 from glac.tuning.space import Space
 
@@ -31,11 +31,25 @@ def _exponent(value: int) -> int:
     return value.bit_length()
 
 
+_PLAIN = ("num_stages",)
+"""Numbers that count, where others are sizes."""
+
+
 def _tile(prefix: str, tile: Any) -> Coordinates:
-    return {
-        f"{prefix}{name}": int(value) if name in ("num_stages", "tma", "dv") else _exponent(value)
-        for name, value in tile.to_dict().items()
-    }
+    return _numbers(prefix, tile.to_dict())
+
+
+def _numbers(prefix: str, values: Mapping[str, Any]) -> Coordinates:
+    """Integers and truth values as coordinates, parts of parts with their names in front."""
+    found: Coordinates = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found.update(_numbers(f"{prefix}{name}_", value))
+        elif isinstance(value, bool) or name in _PLAIN:
+            found[f"{prefix}{name}"] = int(value)
+        elif isinstance(value, int):
+            found[f"{prefix}{name}"] = _exponent(value)
+    return found
 
 
 def coordinates(config: Config) -> Coordinates:
@@ -54,6 +68,8 @@ def coordinates(config: Config) -> Coordinates:
             **_tile("states_", config.states),
             **_tile("dv_", values),
         }
+    if not isinstance(config, ForwardConfig):
+        return _numbers("", config.to_dict())
     other = config.summary is not None and config.summary != config.fwd
     return {
         **_tile("", config.fwd),
@@ -114,8 +130,11 @@ class Proposer:
 
     def __init__(self, optuna: Any, space: Space, sampler: str, seed: int) -> None:
         self._optuna, self._space = optuna, space
-        self.points = {config: coordinates(config) for config in space.configs}
-        self._ranges = ranges(self.points.values())
+        points = {config: coordinates(config) for config in space.configs}
+        self._ranges = ranges(points.values())
+        # A part that a config leaves out lies where the least one would.
+        least = {name: low for name, (low, _) in self._ranges.items()}
+        self.points = {config: {**least, **point} for config, point in points.items()}
         whole = optuna.distributions.IntDistribution
         self.distributions = {n: whole(low, high) for n, (low, high) in self._ranges.items()}
         self._free = {n: d for n, d in self.distributions.items() if not d.single()}

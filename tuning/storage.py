@@ -15,7 +15,10 @@ import contextlib
 import fcntl
 import importlib.util
 import os
+import random
+import re
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +28,7 @@ from urllib.parse import urlsplit
 from glac.errors import MissingEnvironmentError, StudyError
 
 _TAIL = 1 << 20
+_TRIES = 10
 _SQLITE = b"SQLite format 3\0"
 
 
@@ -167,14 +171,22 @@ def _open_database(optuna: Any, url: str) -> Any:
                 "a study in PostgreSQL needs psycopg", hint="pip install 'glac[fleet]'"
             )
         url = f"postgresql+psycopg://{rest}"
-    try:
-        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise StudyError(
-            f"{shown(url)}: cannot be used ({reason})",
-            hint="the database must exist, and the user must be allowed to make tables in it",
-        ) from None
+    tries = 0
+    while True:
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        except Exception as error:
+            tries += 1
+            # Of workers that make the tables of a new database together, all but one fail.
+            together = re.search(r"already exists|duplicate key|UniqueViolation", str(error))
+            if together and tries < _TRIES:
+                time.sleep(random.uniform(0.2, 1.0))
+                continue
+            reason = " ".join(str(error).split())[:300]
+            raise StudyError(
+                f"{shown(url)}: cannot be used ({reason})",
+                hint="the database must exist, and the user must be allowed to make tables in it",
+            ) from None
 
 
 @contextlib.contextmanager

@@ -310,7 +310,9 @@ class _ProblemStudy:
         config = self._next()
         if config is None:
             return None
-        claim = self.board.claim(config.slug, self.planned, coordinates(config), self._ranges)
+        point = coordinates(config)
+        ranges_ = {name: self._ranges[name] for name in point}
+        claim = self.board.claim(config.slug, self.planned, point, ranges_)
         return None if claim is None else _Held(claim, config)
 
     def run(self) -> None:

@@ -244,3 +244,23 @@ def test_compile_only_from_the_command_line(
     assert data["kernels"] + len(data["failures"]) == data["problems"][0]["kernels"]
     assert data["problems"][0]["candidates"] <= 12
     assert [item["op"] for item in data["problems"]] == [op.value]
+
+
+def test_what_a_file_says_now_is_the_incumbent(
+    compiled: Candidates,
+    replayed: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another config must beat the row by more than 1 %, not only the default."""
+    out = tmp_path / "h100.yaml"
+    write(compiled, out, result(0, CONFIGS[1]), result(1, CONFIGS[1]))
+    replayed.update({CONFIGS[1].slug: 60.4})
+    assert tune("--gpu", "h100", "--from", compiled.path, "--out", out, "--json") == 0
+    results = json.loads(capsys.readouterr().out)["data"]["results"]
+    assert [r["config_id"] for r in results] == [CONFIGS[1].slug] * 2
+    replayed.update({CONFIGS[1].slug: 61.0})
+    words = ["--gpu", "h100", "--from", compiled.path, "--out", out, "--json"]
+    assert tune(*words, "--storage", tmp_path / "other.journal") == 0
+    results = json.loads(capsys.readouterr().out)["data"]["results"]
+    assert [r["config_id"] for r in results] == [CONFIGS[2].slug] * 2

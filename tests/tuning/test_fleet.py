@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +18,14 @@ from typing import Any
 import pytest
 
 from glac.errors import MissingEnvironmentError, StudyError
+from glac.gpus import GPUS
+from glac.problem import Op
 from glac.tuning.board import Board
+from glac.tuning.fleet import Plan
+from glac.tuning.space import make_problem, space
 from glac.tuning.storage import is_url, open_storage, shown
+from glac.tuning.warm import warmed
+from glac.tuning.worker import CUDA_SESSION
 from tests.tuning import kills
 
 optuna = pytest.importorskip("optuna")
@@ -103,6 +110,94 @@ def test_random_kills_cost_only_what_was_running(kind: str, count: int, tmp_path
     with a_storage(kind, tmp_path) as storage:
         seen = kills.run(tmp_path, storage, count, seed=7)
     assert sum(seen["kills"].values()) >= count
+
+
+OPENING = """
+import sys
+import optuna
+from glac.gpus import GPUS
+from glac.problem import Op
+from glac.tuning.board import Board
+from glac.tuning.fleet import Plan
+from glac.tuning.space import make_problem, space
+from glac.tuning.storage import open_storage
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+with open_storage(optuna, sys.argv[1]) as storage:
+    board = Board(optuna, storage, "study")
+    claim = board.claim(sys.argv[2])
+    assert claim is not None
+    assert board.tell(claim, 1.0, True)
+    board.close()
+"""
+
+
+def test_workers_that_begin_together_make_a_new_database_usable(tmp_path: Path) -> None:
+    with a_storage("postgresql", tmp_path) as url:
+        import psycopg
+
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("DROP DATABASE IF EXISTS glac_new")
+            connection.execute("CREATE DATABASE glac_new")
+        fresh = f"{url.rpartition('/')[0]}/glac_new"
+        begun = [kills.start([sys.executable, "-c", OPENING, fresh, f"c{i}"]) for i in range(4)]
+        for process in begun:
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 0, errors[-1000:]
+        assert set(kills.look(fresh).done) == {f"c{i}" for i in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("workers", "how"), [(1, signal.SIGINT), (2, signal.SIGTERM)], ids=["ctrl-c", "terminated"]
+)
+def test_an_interrupted_tuner_gives_back_what_it_held(
+    tmp_path: Path, workers: int, how: signal.Signals
+) -> None:
+    table = kills.small_table(tmp_path / "h100_small.csv")
+    storage, log = tmp_path / "s.journal", tmp_path / "log"
+    words = ["-m", "glac", "tune", "--replay", table, "--storage", storage, "--json"]
+    words += ["--replay-log", log, "--workers", workers]
+    process = kills.start([sys.executable, *map(str, words), "--replay-sleep", "0.4"])
+    end = time.monotonic() + 60
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    below = kills.children(process.pid)
+    assert len(below) >= workers
+    process.send_signal(how)
+    text, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, (text, errors)
+    document = json.loads(text)
+    assert document["error"]["code"] == "interrupted"
+    kept = document["data"]["results"][0]["tried"]
+    assert kept >= 3
+    kills.wait_gone(below)
+    state = kills.look(str(storage))
+    assert (state.running, sum(state.done.values())) == (0, kept)
+    again = tuned(kills.start([sys.executable, *map(str, words)]))
+    assert again["results"][0]["tried"] == 24
+    tried = Counter(line.split()[1] for line in log.read_text().splitlines())
+    assert sum(tried.values()) <= 24 + workers, "only what was running is tried again"
+
+
+def test_each_worker_has_a_device_of_its_own(tmp_path: Path) -> None:
+    tried = space(make_problem((16, 2048, 8, 128, 128)), GPUS["h100"], "quick")
+    tried = warmed(tried, GPUS["h100"], incumbent=tried.configs[1])
+    plan = Plan(
+        [tried],
+        {"pack": "p", "device": 0},
+        CUDA_SESSION,
+        "s.journal",
+        {"gpu": "h100", "key": {Op.FORWARD: "a"}},
+        [{tried.configs[1].slug: "spills 4096 bytes"}],
+        60.0,
+    )
+    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan
+    assert json.loads(again.evaluator(3)._arguments)["device"] == 3
+    reason = again.why_missing(tried.problem, tried.configs[1])
+    assert reason == "spills 4096 bytes"
+    assert again.why_missing(tried.problem, tried.configs[0]) is None
 
 
 def test_a_dead_worker_of_this_machine_is_noticed_at_once(tmp_path: Path) -> None:
