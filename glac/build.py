@@ -546,7 +546,7 @@ def build_single(
             pack.arch == gpu.arch
             and pack.glac == __version__
             and pack.toolchain == tools.to_dict()
-            and pack.templates_sha256 == templates_sha256([config.op])
+            and pack.templates_sha256 == templates_sha256(pack.templates_sha256)
         )
         if current and any(
             (row.gpu, row.spec, row.bucket, row.config)
