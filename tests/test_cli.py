@@ -573,7 +573,7 @@ def test_explain_says_why_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = document(glac(*words, "--json"))["data"]
     assert (forward["op"], backward["op"]) == ("forward", "backward")
     assert backward["floor_us"] > 1.5 * forward["floor_us"]
-    assert glac("explain", "1,64,1,257,64", "--gpu", "h100").exit_code == 1
+    assert glac("explain", "1,64,1,513,64", "--gpu", "h100").exit_code == 1
     monkeypatch.setenv("GLAC_REQUIRE_AOT", "1")
     refused = glac(*words, "--json")
     assert refused.exit_code == 1
