@@ -324,7 +324,7 @@ def test_what_has_to_see_a_call_sees_it(
 
     monkeypatch.setattr(fast.Bound, "run", refused)
 
-    class Mode(TorchDispatchMode):
+    class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
