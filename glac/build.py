@@ -29,7 +29,7 @@ from glac.kernelspec import KernelSpec, config_kernels
 from glac.pack import Pack, PackRow, read_pack, same_rows, write_pack
 from glac.problem import Bucket, DType, Gate, Op, Problem, Specialisation
 from glac.templates import templates_sha256
-from glac.tuned import TunedFile, load_tuned, shipped
+from glac.tuned import TunedFile, available, effective_rows, user_files
 
 Progress = Callable[[int, int, str], None]
 """Called with kernels done, kernels known so far, and the name of the one just done."""
@@ -124,24 +124,17 @@ class _Wanted:
         return f"{self.gpu.name} {self.problem} {self.config.op.value}"
 
 
-def _tuned_file(name: str, configs_dir: Path | None) -> TunedFile | None:
-    if configs_dir is None:
-        return shipped(name)
-    path = configs_dir / f"{name}.yaml"
-    if not path.is_file():
-        return None
-    file = load_tuned(path)
-    if file.gpu != name:
-        raise ConfigError(f"{path}: gpu: wanted {name}, got {file.gpu}", hint="rename the file")
-    return file
+def _tuned_files(name: str, configs_dir: Path | None) -> list[TunedFile]:
+    """Files for a GPU, those that count first."""
+    return available(name) if configs_dir is None else user_files(name, [configs_dir])
 
 
 _Source = tuple[TunedFile, Op]
 """A file, and the op whose rows were taken from it."""
 
 
-def _tuned_rows(gpu: GpuSpec, op: Op, file: TunedFile) -> Iterator[_Wanted]:
-    for row in file.rows:
+def _tuned_rows(gpu: GpuSpec, op: Op, files: Sequence[TunedFile]) -> Iterator[_Wanted]:
+    for file, row in effective_rows(files):
         if row.op is op:
             measured_on = row.stats.measured_on or file.measured_on
             yield _Wanted(gpu, "tuned", measured_on, row.problem, row.config)
@@ -150,12 +143,11 @@ def _tuned_rows(gpu: GpuSpec, op: Op, file: TunedFile) -> Iterator[_Wanted]:
 def _borrowed_rows(gpu: GpuSpec, op: Op, relatives: Sequence[TunedFile]) -> Iterator[_Wanted]:
     """Rows of relatives, as guesses; of several for one bucket, the nearest relative's."""
     seen = set()
-    for file in relatives:
-        for row in _tuned_rows(gpu, op, file):
-            key = (row.problem.spec, row.problem.bucket)
-            if key not in seen and why_illegal(row.problem.spec, row.config, gpu) is None:
-                seen.add(key)
-                yield replace(row, source="heuristic")
+    for row in (row for file in relatives for row in _tuned_rows(gpu, op, [file])):
+        key = (row.problem.spec, row.problem.bucket)
+        if key not in seen and why_illegal(row.problem.spec, row.config, gpu) is None:
+            seen.add(key)
+            yield replace(row, source="heuristic")
 
 
 def _default_rows(gpu: GpuSpec, op: Op) -> Iterator[_Wanted]:
@@ -167,13 +159,12 @@ def _default_rows(gpu: GpuSpec, op: Op) -> Iterator[_Wanted]:
 def _planned_of(
     gpu: GpuSpec, op: Op, folder: Path | None
 ) -> tuple[list[_Wanted], list[TunedFile]]:
-    own = _tuned_file(gpu.name, folder)
-    if own is not None:
-        tuned = list(_tuned_rows(gpu, op, own))
-        if tuned:
-            return tuned, [own]
-    found = (_tuned_file(name, folder) for name in RELATIVES.get(gpu.name, ()))
-    relatives = [file for file in found if file is not None]
+    own = _tuned_files(gpu.name, folder)
+    tuned = list(_tuned_rows(gpu, op, own))
+    if tuned:
+        return tuned, [file for file in own if any(row.op is op for row in file.rows)]
+    kin = RELATIVES.get(gpu.name, ())
+    relatives = [file for name in kin for file in _tuned_files(name, folder)]
     borrowed = list(_borrowed_rows(gpu, op, relatives))
     return borrowed or list(_default_rows(gpu, op)), relatives
 
@@ -480,17 +471,17 @@ def build_packs(
     for arch in sorted(archs):
         started = time.perf_counter()
         wanted: list[_Wanted] = []
-        sources: dict[tuple[str, Op], TunedFile] = {}
+        sources: list[_Source] = []
         for gpu in archs[arch]:
             rows_of_gpu, files = _planned(gpu, folder)
             wanted += rows_of_gpu
-            sources.update(((file.gpu, op), file) for file, op in files)
+            sources += (item for item in files if item not in sources)
         path = Path(out) / (f"{arch}.zip" if zipped else arch)
         earlier = _Earlier({}, {}) if fresh else _earlier(path, arch, tools)
-        for (_, op), file in sources.items():
+        for file, op in sources:
             _forget_uncertified(earlier, file, op, tools)
         rows, compiled, warnings = _compile_rows(wanted, jobs, progress, earlier)
-        for (_, op), file in sorted(sources.items(), key=lambda item: item[0]):
+        for file, op in sorted(sources, key=lambda item: (item[0].gpu, item[1])):
             warning = _check_certified(file, op, compiled, tools)
             if warning:
                 warnings.append(warning)

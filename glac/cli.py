@@ -47,6 +47,8 @@ LAZY_COMMANDS: dict[str, tuple[str, str, str]] = {
         "Say what problems and models cost at least on a GPU.",
     ),
     "tune": ("glac.tuning.cli", "tune_command", "Search the fastest right config on a GPU."),
+    "tune-proxy": ("glac.tuning.proxy", "proxy_command", "Serve a study to other machines."),
+    "report": ("glac.tuning.report", "report_command", "Write a study's report as one web page."),
 }
 
 # What brings a module that may be absent.
@@ -964,17 +966,25 @@ def _tuned_data(file: TunedFile) -> dict[str, Any]:
 @configs.command("list")
 @common_options
 def configs_list() -> None:
-    """List the tuned files that came with glac."""
-    from glac.tuned import shipped, shipped_names
+    """List the tuned files that count: your own, then those that came with glac."""
+    from glac.settings import load_settings
+    from glac.tuned import shipped, shipped_names, user_files
 
-    files = [file for name in shipped_names() if (file := shipped(name)) is not None]
-    data = [_tuned_data(file) for file in files]
+    files = [
+        (file, str(folder / f"{name}.yaml"))
+        for folder in load_settings().config_path
+        for name in sorted(GPUS)
+        for file in user_files(name, [folder])
+    ]
+    files += [(file, "glac") for name in shipped_names() if (file := shipped(name)) is not None]
+    data = [{**_tuned_data(file), "from": where} for file, where in files]
     text = "no tuned files; `glac build` uses heuristic configs"
     if data:
         columns = ("gpu", "rows", "measured_on", "date", "triton", "ptxas")
-        headers = ("gpu", "rows", "measured on", "date", "triton", "ptxas", "ops")
+        headers = ("gpu", "rows", "measured on", "date", "triton", "ptxas", "ops", "from")
         body = [
-            [*(row[column] or "-" for column in columns), ", ".join(row["ops"])] for row in data
+            [*(row[column] or "-" for column in columns), ", ".join(row["ops"]), row["from"]]
+            for row in data
         ]
         text = format_table(headers, body)
     emit({"files": data}, text)
@@ -1021,6 +1031,23 @@ def configs_validate(names: tuple[str, ...]) -> None:
         data.append({"name": name, "gpu": file.gpu, "rows": len(file.rows)})
         lines.append(f"ok: {name}: {file.gpu}, {len(file.rows)} rows")
     emit({"files": data}, "\n".join(lines) or "no tuned files to check")
+
+
+@configs.command("migrate")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@common_options
+def configs_migrate(paths: tuple[Path, ...]) -> None:
+    """Write tuned files of an older schema in the newest one, in place.
+
+    All are read before any is written. What such a file says of its rows stays true.
+    """
+    from glac.tuned import SCHEMA, dump_tuned, load_tuned
+
+    files = [(path, load_tuned(path)) for path in paths]
+    for path, file in files:
+        dump_tuned(file, path)
+    lines = [f"{path}: schema {SCHEMA}, {len(file.rows)} rows" for path, file in files]
+    emit({"schema": SCHEMA, "files": [str(path) for path in paths]}, "\n".join(lines))
 
 
 @configs.command("diff")

@@ -70,6 +70,7 @@ class CompiledKernel:
         registers: per thread.
         spill_bytes: stored to local memory because registers ran out, called functions included.
         scratch_bytes: global scratch per program (tensor descriptors), 0 for most kernels.
+        twin: the same program assembled for another arch as well, empty if nobody asked.
     """
 
     kernel: KernelSpec
@@ -81,6 +82,7 @@ class CompiledKernel:
     spill_bytes: int
     scratch_bytes: int
     num_warps: int
+    twin: bytes = b""
 
 
 def _ptxas_version(path: Path) -> str:
@@ -232,8 +234,31 @@ def _resource_use(ptx: str, arch: str, ptxas: Path) -> tuple[int, int]:
     return int(registers.group(1)), sum(map(int, spills))
 
 
-def compile_kernel(kernel: KernelSpec, tools: Toolchain | None = None) -> CompiledKernel:
+def _assemble(ptx: str, arch: str, ptxas: Path) -> bytes:
+    """Machine code of a program for an arch that is newer than the one it was written for."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        done = subprocess.run(
+            [str(ptxas), f"-arch={arch}", str(source), "-o", str(target)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise CompileError(f"ptxas for {arch} fails: {done.stderr.strip()[:400]}")
+        return target.read_bytes()
+
+
+def compile_kernel(
+    kernel: KernelSpec, tools: Toolchain | None = None, twin_arch: str = ""
+) -> CompiledKernel:
     """Compile one kernel for its arch, on this machine's CPU.
+
+    Args:
+        kernel: what to compile.
+        tools: the toolchain, that in use if None.
+        twin_arch: assemble the same program for this arch too, such as Ampere's for ``sm_90``.
 
     Raises:
         CompileError: the compiler or assembler fails, or the kernel needs more shared memory
@@ -276,6 +301,7 @@ def compile_kernel(kernel: KernelSpec, tools: Toolchain | None = None) -> Compil
         spill_bytes=spill,
         scratch_bytes=int(meta.global_scratch_size),
         num_warps=int(meta.num_warps),
+        twin=_assemble(built.asm["ptx"], twin_arch, tools.ptxas_path) if twin_arch else b"",
     )
 
 
@@ -283,6 +309,7 @@ def compile_many(
     kernels: Iterable[KernelSpec],
     jobs: int | None = None,
     on_done: Callable[[KernelSpec, CompiledKernel | GlacError], None] | None = None,
+    twin_arch: str = "",
 ) -> dict[KernelSpec, CompiledKernel | GlacError]:
     """Compile kernels in parallel processes. One that fails maps to its error; the rest go on.
 
@@ -290,6 +317,7 @@ def compile_many(
         kernels: what to compile; repeated ones are compiled once.
         jobs: processes, default one per CPU.
         on_done: called with each result as it arrives, from one thread at a time.
+        twin_arch: as in ``compile_kernel``.
     """
     from glac.compile_worker import Worker
 
@@ -307,7 +335,7 @@ def compile_many(
     def one(kernel: KernelSpec) -> CompiledKernel | GlacError:
         worker = workers.get()
         try:
-            return worker.compile(kernel)
+            return worker.compile(kernel, twin_arch)
         finally:
             workers.put(worker)
 

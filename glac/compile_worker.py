@@ -15,14 +15,21 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from glac.compile import CompiledKernel, Toolchain, compile_kernel
 from glac.errors import CompileError, GlacError
 from glac.kernelspec import KernelSpec
+
+TIMEOUT = 300.0
+"""Seconds for one kernel; the slowest of all candidates so far took 14."""
+_TRIES = 3
 
 
 def _serve() -> None:
@@ -35,9 +42,10 @@ def _serve() -> None:
         tools = Toolchain(request["triton"], request["ptxas"], Path(request["ptxas_path"]))
         answer: dict[str, Any]
         try:
-            compiled = dataclasses.asdict(compile_kernel(kernel, tools))
+            compiled = dataclasses.asdict(compile_kernel(kernel, tools, request["twin_arch"]))
             compiled.pop("kernel")
-            compiled["cubin"] = base64.b64encode(compiled["cubin"]).decode()
+            for code in ("cubin", "twin"):
+                compiled[code] = base64.b64encode(compiled[code]).decode()
             answer = {"compiled": compiled}
         except GlacError as error:
             answer = {"error": error.message, "hint": error.hint}
@@ -65,8 +73,21 @@ class Worker:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
 
-    def compile(self, kernel: KernelSpec) -> CompiledKernel | GlacError:
-        """Compile one kernel; what goes wrong is returned."""
+    def compile(self, kernel: KernelSpec, twin_arch: str = "") -> CompiledKernel | GlacError:
+        """Compile one kernel; what goes wrong is returned, a hanging compiler too.
+
+        A process that was killed from outside says nothing about the kernel: it is tried again.
+        """
+        for _ in range(_TRIES):
+            result, killed = self._compile(kernel, twin_arch)
+            if not killed:
+                break
+        return result
+
+    def _compile(
+        self, kernel: KernelSpec, twin_arch: str
+    ) -> tuple[CompiledKernel | GlacError, bool]:
+        """The result, and whether the process was killed from outside."""
         if self._process is None:
             self._process = self._start()
         process = self._process
@@ -78,22 +99,34 @@ class Worker:
             "triton": tools.triton,
             "ptxas": tools.ptxas,
             "ptxas_path": str(tools.ptxas_path),
+            "twin_arch": twin_arch,
         }
+        watch = threading.Timer(TIMEOUT, process.kill)
+        watch.daemon = True
+        watch.start()
+        started = time.monotonic()
         try:
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except OSError:
             line = ""
+        finally:
+            watch.cancel()
         if not line:
             code = self.close()
-            return CompileError(f"the compiler died on {kernel.name} (exit status {code})")
+            if time.monotonic() - started >= TIMEOUT:
+                text = f"the compiler did not answer for {TIMEOUT:g} s on {kernel.name}"
+                return CompileError(text), False
+            text = f"the compiler died on {kernel.name} (exit status {code})"
+            return CompileError(text), code in (-signal.SIGKILL, -signal.SIGTERM)
         answer = json.loads(line)
         if "error" in answer:
-            return CompileError(answer["error"], hint=answer["hint"])
+            return CompileError(answer["error"], hint=answer["hint"]), False
         compiled = answer["compiled"]
-        compiled["cubin"] = base64.b64decode(compiled["cubin"])
-        return CompiledKernel(kernel=kernel, **compiled)
+        for code_ in ("cubin", "twin"):
+            compiled[code_] = base64.b64decode(compiled[code_])
+        return CompiledKernel(kernel=kernel, **compiled), False
 
     def close(self) -> int | None:
         """End the process; its exit status."""

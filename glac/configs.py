@@ -534,9 +534,11 @@ def default_backward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> Back
     walk = _walking_kernel(spec, gpu)
     chunk = 16 if wide or gpu.capability < (9, 0) else 32
     whole = block_k == padded_k(spec)
+    # On Ampere the low-rank gate beside [64, 128] tiles spills 7 kB with four warps.
+    warps = 8 if spec.gate is Gate.LOWRANK and gpu.capability < (9, 0) and block_v > 64 else 4
     config = BackwardConfig(
         states=replace(walk, chunk=min(walk.chunk, chunk)),
-        grads=TileKernelConfig(chunk, block_k, block_v, 4, walk.num_stages, dv=whole),
+        grads=TileKernelConfig(chunk, block_k, block_v, warps, walk.num_stages, dv=whole),
         dv=None if whole else walk,
     )
     programs = (1 << max(0, bucket.bh)) * math.ceil(spec.V / block_v) * math.ceil(spec.K / block_k)

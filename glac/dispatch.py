@@ -298,15 +298,15 @@ def miss_config(problem: Problem, gpu: GpuSpec, op: Op = Op.FORWARD) -> Config:
     """The config for a problem that no pack has: the nearest tuned row's, else the heuristic's."""
     default = default_config(op, problem.spec, gpu, problem.bucket)
     try:
-        from glac.tuned import shipped  # needs PyYAML, which serving from packs does not
+        from glac.tuned import available  # needs PyYAML, which serving from packs does not
     except ImportError:
         return default
 
     for name in family_of(gpu):
-        file = shipped(name)
-        rows = file.rows if file else ()
+        rows = [row for file in available(name) for row in file.rows]
         hits = [row for row in rows if row.op is op and row.spec == problem.spec]
         if hits:
+            # The first of equally near ones: a user's own before one that came with glac.
             return min(hits, key=lambda row: _nearness(row.bucket, problem.bucket)).config
     return default
 

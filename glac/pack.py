@@ -436,8 +436,10 @@ def manifest_sha256(manifest: Mapping[str, Any]) -> str:
 
 
 def ops_of(kernels: Iterable[KernelSpec]) -> list[Op]:
-    """The ops that kernels serve."""
-    found = {op for kernel in kernels for op in template_ops(kernel.template)}
+    """The ops that kernels were compiled for; one that serves several goes with the others."""
+    served = [template_ops(kernel.template) for kernel in kernels]
+    alone = {ops[0] for ops in served if len(ops) == 1}
+    found = alone or {op for ops in served for op in ops}
     return sorted(found, key=lambda op: op.order)
 
 

@@ -5,6 +5,7 @@
 | GLAC_REQUIRE_AOT | 1: a problem that no pack serves is an error, nothing is built  | 0          |
 | GLAC_PACK_PATH   | packs, or folders with packs, searched first                    | empty      |
 | GLAC_CACHE_DIR   | where ``glac build`` and build-on-miss put packs                | user cache |
+| GLAC_CONFIG_PATH | folders with tuned files that count before those that came      | ~/.config  |
 | GLAC_CHECKED     | 1: check gate values on every call (synchronises the device)    | 0          |
 """
 
@@ -43,6 +44,14 @@ _CHECKED, _REQUIRE_AOT = (
 )
 
 
+def _config_path() -> tuple[Path, ...]:
+    raw = os.environ.get("GLAC_CONFIG_PATH")
+    if raw is not None:
+        return tuple(Path(p).expanduser() for p in raw.split(os.pathsep) if p)
+    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return (Path(base) / "glac" / "tuned",)
+
+
 def checked_mode() -> bool:
     """Whether ``GLAC_CHECKED`` is on. The one variable that every call reads."""
     return _CHECKED in _present and _flag("GLAC_CHECKED")
@@ -61,6 +70,7 @@ class Settings:
     pack_path: tuple[Path, ...]
     cache_dir: Path
     checked: bool
+    config_path: tuple[Path, ...] = ()
 
     @property
     def build_dir(self) -> Path:
@@ -86,4 +96,6 @@ def load_settings() -> Settings:
     """
     raw = os.environ.get("GLAC_PACK_PATH", "")
     paths = tuple(Path(p).expanduser() for p in raw.split(os.pathsep) if p)
-    return Settings(_flag("GLAC_REQUIRE_AOT"), paths, _cache_dir(), _flag("GLAC_CHECKED"))
+    return Settings(
+        _flag("GLAC_REQUIRE_AOT"), paths, _cache_dir(), _flag("GLAC_CHECKED"), _config_path()
+    )

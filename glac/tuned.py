@@ -12,7 +12,7 @@ import importlib.resources
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,12 @@ from glac.gpus import ARCHS, GPUS, gpu_by_name
 from glac.kernelspec import config_kernels
 from glac.problem import Bucket, Op, Problem, Specialisation
 
-SCHEMA = 2
+SCHEMA = 3
+OLDEST_SCHEMA = 2
+"""Files from here on are read, older ones knew the forward pass only. The newest is written.
+
+3: rows say where they come from (``provenance``), and the file lists ``denied`` configs.
+"""
 _HEADER = "# Written by `glac tune`; a hand edit is checked as strictly as a new study.\n"
 _HINT = "run `glac tune` again, or correct the line"
 _HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -81,13 +86,112 @@ class TunedStats:
 
 
 @dataclass(frozen=True)
+class TunedProvenance:
+    """Where a row comes from, all as text. A file may hold rows of many studies.
+
+    Attributes:
+        code_path: arch of the code that was timed.
+        driver: of the machine.
+        torch: version there.
+        glac: version that ran the study.
+        commit: of the checkout, empty outside one.
+        date: of the study.
+    """
+
+    code_path: str
+    driver: str
+    torch: str
+    glac: str
+    commit: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One config that failed on a device, and how."""
+
+    config: str
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Denied:
+    """A family of configs that must not be tried or used: their machine code failed its checks.
+
+    Attributes:
+        op: of the configs.
+        spec: of the problem.
+        match: for parts of a config, values of some of its fields; ``{"fwd": {"chunk": 64}}``.
+        evidence: members that failed, a few of them.
+        triton, ptxas, templates_sha256: what made that machine code; another toolchain or other
+            templates make other code, and the entry then says nothing.
+        measured_on: title of the device.
+        date: of the study.
+    """
+
+    op: Op
+    spec: Specialisation
+    match: Mapping[str, Mapping[str, int | bool]]
+    evidence: tuple[Evidence, ...]
+    triton: str
+    ptxas: str
+    templates_sha256: str
+    measured_on: str
+    date: str
+
+    @property
+    def key(self) -> tuple[Op, Specialisation, str]:
+        """What a file has one entry for."""
+        parts = sorted((part, sorted(values.items())) for part, values in self.match.items())
+        return self.op, self.spec, repr(parts)
+
+    def applies(self, triton: str, ptxas: str, templates_sha256: str) -> bool:
+        """Whether code of this toolchain and these templates is meant."""
+        return (self.triton, self.ptxas, self.templates_sha256) == (
+            triton,
+            ptxas,
+            templates_sha256,
+        )
+
+    def matches(self, spec: Specialisation, config: Config) -> bool:
+        """Whether a config is of the family."""
+        if (config.op, spec) != (self.op, self.spec):
+            return False
+        parts = config.to_dict()
+        return all(
+            isinstance(parts.get(part), dict)
+            and all(parts[part].get(name) == value for name, value in values.items())
+            for part, values in self.match.items()
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "op": self.op.value,
+            "spec": self.spec.to_dict(),
+            "match": {part: dict(values) for part, values in self.match.items()},
+            "evidence": [asdict(item) for item in self.evidence],
+            "triton": self.triton,
+            "ptxas": self.ptxas,
+            "templates_sha256": self.templates_sha256,
+            "measured_on": self.measured_on,
+            "date": self.date,
+        }
+
+
+@dataclass(frozen=True)
 class TunedRow:
-    """The best config found for one op of a problem, which then serves the problem's bucket."""
+    """The best config found for one op of a problem, which then serves the problem's bucket.
+
+    ``provenance`` is that of the file's header where it is ``None``; rows that differ in nothing
+    else are equal.
+    """
 
     problem: Problem
     config: Config
     stats: TunedStats
     kernels: tuple[TunedKernel, ...]
+    provenance: TunedProvenance | None = field(default=None, compare=False)
 
     @property
     def op(self) -> Op:
@@ -146,6 +250,7 @@ class TunedFile:
         code_path: arch of the code that was timed, empty if never measured.
         environment: toolchain, driver, commit.
         rows: one for each op, specialisation and bucket.
+        denied: configs that failed their checks.
     """
 
     gpu: str
@@ -153,6 +258,17 @@ class TunedFile:
     code_path: str
     environment: TunedEnvironment
     rows: tuple[TunedRow, ...]
+    denied: tuple[Denied, ...] = ()
+
+    @property
+    def provenance(self) -> TunedProvenance:
+        """Of rows that have none of their own."""
+        e = self.environment
+        return TunedProvenance(self.code_path, e.driver, e.torch, e.glac, e.commit, e.date)
+
+    def row_provenance(self, row: TunedRow) -> TunedProvenance:
+        """Where a row of this file comes from."""
+        return row.provenance or self.provenance
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file, rows in a stable order."""
@@ -167,7 +283,12 @@ class TunedFile:
                 **asdict(self.environment),
                 "templates_sha256": {op.value: sha for op, sha in hashes.items()},
             },
-            "rows": [row.to_dict() for row in rows],
+            "rows": [
+                {**row.to_dict(), "provenance": asdict(self.row_provenance(row))} for row in rows
+            ],
+            "denied": [
+                item.to_dict() for item in sorted(self.denied, key=lambda d: (d.op.order, d.key))
+            ],
         }
 
 
@@ -268,7 +389,10 @@ class _Document:
 
     # Typed access.
 
-    def mapping(self, value: object, keys: tuple[str, ...], path: tuple[Key, ...]) -> Any:
+    def mapping(
+        self, value: object, keys: tuple[str, ...], path: tuple[Key, ...], whole: bool = True
+    ) -> Any:
+        """A mapping with these keys: all of them, or if not ``whole`` some."""
         if not isinstance(value, dict):
             raise self.fail(path, f"wanted a mapping, got {_shown(value)}")
         for key in value:
@@ -277,7 +401,7 @@ class _Document:
                     (*path, key), "unknown key", hint=f"the keys are {', '.join(keys)}"
                 )
         missing = [key for key in keys if key not in value]
-        if missing:
+        if missing and whole:
             raise self.fail(path, f"missing keys: {', '.join(missing)}")
         return value
 
@@ -347,27 +471,68 @@ def _stats(doc: _Document, value: object, path: tuple[Key, ...]) -> TunedStats:
     )
 
 
-def _row(doc: _Document, value: object, path: tuple[Key, ...], gpu_name: str) -> TunedRow:
-    keys = ("op", "spec", "shape", "bucket", "config", "stats", "kernels")
+def _op(doc: _Document, value: object, path: tuple[Key, ...]) -> Op:
+    ops = [op.value for op in Op]
+    if value not in ops:
+        raise doc.fail((*path, "op"), f"wanted {' or '.join(ops)}, got {_shown(value)}")
+    return Op(value)
+
+
+def _parsed(doc: _Document, cls: Any, data: Any, path: tuple[Key, ...], key: str) -> Any:
+    try:
+        return cls.from_dict(data[key], key)
+    except ConfigError as error:
+        # The message begins with what it is about: `config.fwd: chunk must be ...`.
+        about, _, reason = error.message.partition(": ")
+        inner = (*path, *about.split("."))
+        raise doc.fail(inner, reason or error.message, error.hint or _HINT) from None
+
+
+def _texts(doc: _Document, data: Any, names: Collection[str], path: tuple[Key, ...]) -> Any:
+    return {name: doc.text(data[name], (*path, name)) for name in names}
+
+
+def _denied(doc: _Document, value: object, path: tuple[Key, ...]) -> Denied:
+    data = doc.mapping(value, _names(Denied), path)
+    op = _op(doc, data["op"], path)
+    spec: Specialisation = _parsed(doc, Specialisation, data, path, "spec")
+    parts = CONFIGS[op].PARTS.values()
+    match: dict[str, dict[str, int | bool]] = {}
+    where = (*path, "match")
+    for part, fields_ in doc.mapping(data["match"], tuple(parts), where, whole=False).items():
+        if not isinstance(fields_, dict) or not fields_:
+            raise doc.fail((*where, part), f"wanted fields and values, got {_shown(fields_)}")
+        for name, chosen in fields_.items():
+            if not isinstance(chosen, (bool, int)):
+                raise doc.fail(
+                    (*where, part, name), f"wanted a number or truth value, got {_shown(chosen)}"
+                )
+        match[part] = dict(fields_)
+    if not match:
+        raise doc.fail(where, "wanted at least one part: nothing would deny every config")
+    evidence = []
+    for index, item in enumerate(doc.items(data["evidence"], (*path, "evidence"))):
+        inner = (*path, "evidence", index)
+        fields_ = doc.mapping(item, _names(Evidence), inner)
+        evidence.append(Evidence(**_texts(doc, fields_, _names(Evidence), inner)))
+    if not evidence:
+        raise doc.fail((*path, "evidence"), "wanted at least one config that failed, got none")
+    names = ("triton", "ptxas", "templates_sha256", "measured_on", "date")
+    return Denied(op, spec, match, tuple(evidence), **_texts(doc, data, names, path))
+
+
+def _row(
+    doc: _Document, value: object, path: tuple[Key, ...], gpu_name: str, schema: int
+) -> TunedRow:
+    keys: tuple[str, ...] = ("op", "spec", "shape", "bucket", "config", "stats", "kernels")
+    if schema >= 3:
+        keys = (*keys, "provenance")
     data = doc.mapping(value, keys, path)
     gpu = GPUS[gpu_name]
-
-    ops = [op.value for op in Op]
-    if data["op"] not in ops:
-        raise doc.fail((*path, "op"), f"wanted {' or '.join(ops)}, got {_shown(data['op'])}")
-
-    def parsed(cls: Any, key: str) -> Any:
-        try:
-            return cls.from_dict(data[key], key)
-        except ConfigError as error:
-            # The message begins with what it is about: `config.fwd: chunk must be ...`.
-            about, _, reason = error.message.partition(": ")
-            inner = (*path, *about.split("."))
-            raise doc.fail(inner, reason or error.message, error.hint or _HINT) from None
-
-    spec: Specialisation = parsed(Specialisation, "spec")
-    bucket: Bucket = parsed(Bucket, "bucket")
-    config: Config = parsed(CONFIGS[Op(data["op"])], "config")
+    op = _op(doc, data["op"], path)
+    spec: Specialisation = _parsed(doc, Specialisation, data, path, "spec")
+    bucket: Bucket = _parsed(doc, Bucket, data, path, "bucket")
+    config: Config = _parsed(doc, CONFIGS[op], data, path, "config")
     shape = doc.mapping(data["shape"], ("B", "T", "H"), (*path, "shape"))
     problem = Problem(
         spec, **{key: doc.integer(shape[key], (*path, "shape", key), low=1) for key in shape}
@@ -392,7 +557,18 @@ def _row(doc: _Document, value: object, path: tuple[Key, ...], gpu_name: str) ->
             (*path, "kernels"),
             f"spec and config ask for {', '.join(wanted)}; got {', '.join(got) or 'none'}",
         )
-    return TunedRow(problem, config, _stats(doc, data["stats"], (*path, "stats")), kernels)
+    stats = _stats(doc, data["stats"], (*path, "stats"))
+    provenance = None
+    if schema >= 3:
+        names, inner = _names(TunedProvenance), (*path, "provenance")
+        fields_ = doc.mapping(data["provenance"], names, inner)
+        provenance = TunedProvenance(**_texts(doc, fields_, names, inner))
+        if provenance.code_path not in ("", *ARCHS):
+            raise doc.fail(
+                (*inner, "code_path"),
+                f"wanted one of {', '.join(ARCHS)}, got {provenance.code_path!r}",
+            )
+    return TunedRow(problem, config, stats, kernels, provenance)
 
 
 def _environment(doc: _Document, value: object, ops: Collection[Op]) -> TunedEnvironment:
@@ -431,13 +607,15 @@ def parse_tuned(text: str, where: str) -> TunedFile:
             f"version {_shown(schema)} is newer than this glac reads ({SCHEMA})",
             hint="upgrade glac",
         )
-    if type(schema) is int and schema < SCHEMA:
+    if type(schema) is int and schema < OLDEST_SCHEMA:
         raise doc.fail(
             ("schema",),
-            f"version {_shown(schema)} is older than this glac reads ({SCHEMA})",
+            f"version {_shown(schema)} is older than this glac reads ({OLDEST_SCHEMA})",
             hint="move the file away and run `glac tune` again",
         )
     keys = ("schema", *_names(TunedFile))
+    if schema == 2:
+        keys = tuple(key for key in keys if key != "denied")
     data = doc.mapping(doc.data, keys, ())
     if type(schema) is not int:
         raise doc.fail(("schema",), f"wanted {SCHEMA}, got {_shown(schema)}")
@@ -452,7 +630,7 @@ def parse_tuned(text: str, where: str) -> TunedFile:
     rows: list[TunedRow] = []
     first: dict[RowKey, int] = {}
     for index, item in enumerate(doc.items(data["rows"], ("rows",))):
-        row = _row(doc, item, ("rows", index), gpu)
+        row = _row(doc, item, ("rows", index), gpu, schema)
         other = first.setdefault(row.key, index)
         if other != index:
             raise doc.fail(
@@ -460,12 +638,30 @@ def parse_tuned(text: str, where: str) -> TunedFile:
                 f"same op, spec and bucket as rows[{other}] on line {doc.lines['rows', other]}",
             )
         rows.append(row)
-    return TunedFile(
+    environment = _environment(doc, data["environment"], {row.op for row in rows})
+    denied = []
+    for index, item in enumerate(doc.items(data.get("denied", []), ("denied",))):
+        entry = _denied(doc, item, ("denied", index))
+        denied.append(entry)
+        for number, row in enumerate(rows):
+            sha = environment.templates_sha256[row.op]
+            same = entry.applies(environment.triton, environment.ptxas, sha)
+            if same and entry.matches(row.spec, row.config):
+                raise doc.fail(
+                    ("rows", number, "config"),
+                    f"is denied by denied[{index}] on line {doc.lines['denied', index]}",
+                )
+    file = TunedFile(
         gpu=gpu,
         measured_on=doc.text(data["measured_on"], ("measured_on",)),
         code_path=code_path,
-        environment=_environment(doc, data["environment"], {row.op for row in rows}),
+        environment=environment,
         rows=tuple(rows),
+        denied=tuple(denied),
+    )
+    # Rows of an older schema come from the study that the header describes.
+    return replace(
+        file, rows=tuple(replace(row, provenance=file.row_provenance(row)) for row in rows)
     )
 
 
@@ -537,18 +733,36 @@ def merge_tuned(old: TunedFile, new: TunedFile) -> tuple[TunedFile, int, int]:
     kept = [
         # A row that names no device means the one in the header, which may be another now.
         replace(
-            row, stats=replace(row.stats, measured_on=row.stats.measured_on or old.measured_on)
+            row,
+            stats=replace(row.stats, measured_on=row.stats.measured_on or old.measured_on),
+            provenance=old.row_provenance(row),
         )
         for row in _kept(old, new)
     ]
     hashes = {row.op: old.environment.templates_sha256[row.op] for row in kept}
     hashes.update(new.environment.templates_sha256)
+    environment = replace(new.environment, templates_sha256=hashes)
     merged = replace(
-        new,
-        environment=replace(new.environment, templates_sha256=hashes),
-        rows=(*new.rows, *kept),
+        new, environment=environment, rows=(*new.rows, *kept), denied=_merge_denied(old, new)
     )
     return merged, len(kept), len(old.rows) - len(kept)
+
+
+def _merge_denied(old: TunedFile, new: TunedFile) -> tuple[Denied, ...]:
+    """Entries of both; those of ``old`` only where the newer toolchain makes the same code."""
+    known = {entry.key for entry in new.denied}
+    tools = new.environment
+    kept = [
+        entry
+        for entry in old.denied
+        if entry.key not in known
+        and entry.applies(
+            tools.triton,
+            tools.ptxas,
+            tools.templates_sha256.get(entry.op, entry.templates_sha256),
+        )
+    ]
+    return (*new.denied, *kept)
 
 
 def header_conflicts(old: TunedFile, new: TunedFile) -> list[str]:
@@ -684,6 +898,54 @@ def diff_tuned(old: TunedFile, new: TunedFile) -> TunedDiff:
         changed=tuple(changed),
         same=len(both) - len(changed),
     )
+
+
+def user_files(gpu_name: str, folders: Collection[Path] | None = None) -> list[TunedFile]:
+    """The user's own tuned files for a GPU, in the order in which they count.
+
+    Args:
+        gpu_name: of the GPU.
+        folders: with files such as ``h100.yaml``; those of ``GLAC_CONFIG_PATH`` if None.
+
+    Raises:
+        ConfigError: the GPU is unknown, or a file is broken or for another GPU.
+    """
+    from glac.settings import load_settings
+
+    name = gpu_by_name(gpu_name).name
+    found = []
+    for folder in load_settings().config_path if folders is None else folders:
+        path = folder / f"{name}.yaml"
+        if not path.is_file():
+            continue
+        file = load_tuned(path)
+        if file.gpu != name:
+            raise ConfigError(
+                f"{path}: gpu: wanted {name}, got {file.gpu}", hint="rename the file"
+            )
+        found.append(file)
+    return found
+
+
+def available(gpu_name: str) -> list[TunedFile]:
+    """Tuned files for a GPU: the user's own, then the one that came with glac.
+
+    A row of an earlier file hides rows of later ones for the same op, specialisation and bucket.
+
+    Raises:
+        ConfigError: the GPU is unknown, or a file is broken.
+    """
+    file = shipped(gpu_name)
+    return [*user_files(gpu_name), *([file] if file is not None else [])]
+
+
+def effective_rows(files: Collection[TunedFile]) -> list[tuple[TunedFile, TunedRow]]:
+    """The rows that count, each with its file: of several for one key the first file's."""
+    chosen: dict[RowKey, tuple[TunedFile, TunedRow]] = {}
+    for file in files:
+        for row in file.rows:
+            chosen.setdefault(row.key, (file, row))
+    return list(chosen.values())
 
 
 @functools.cache

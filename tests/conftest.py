@@ -20,6 +20,10 @@ else:
     hypothesis.settings.load_profile("glac-ci" if os.environ.get("CI") else "glac")
 
 
+# A developer's own tuned files are none of the tests' business.
+os.environ["GLAC_CONFIG_PATH"] = ""
+
+
 def _has_gpu() -> bool:
     import torch
 

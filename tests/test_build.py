@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from glac.configs import (
     default_config,
     is_legal,
 )
+from glac.dispatch import miss_config
 from glac.errors import CompileError, ConfigError, GlacError, MissingEnvironmentError, PackError
 from glac.gpus import GPUS
 from glac.kernelspec import KernelSpec
@@ -477,3 +479,23 @@ def test_real_build_is_the_same_with_any_jobs(
     assert _files(first.path) == _files(second.path)
     for name in first.pack.kernels:
         assert first.pack.read_cubin(name).startswith(b"\x7fELF")
+
+
+def test_a_users_own_rows_are_built_instead_of_those_that_came(
+    fake: FakeToolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "mine", tmp_path / "team"
+    whole, split = tuned_file().rows
+    other = replace(split, config=WHOLE, kernels=tuned_row(split.problem, WHOLE).kernels)
+    dump_tuned(replace(tuned_file(), rows=(other,)), first / "h100.yaml")
+    dump_tuned(tuned_file(), second / "h100.yaml")
+    monkeypatch.setenv("GLAC_CONFIG_PATH", os.pathsep.join(map(str, (first, second))))
+    monkeypatch.setattr("glac.tuned.shipped", lambda name: None)
+    monkeypatch.setattr(build, "STANDARD_PROBLEMS", ())
+    (result,) = build_packs(["h100"], tmp_path / "out")
+    assert result.warnings == ()
+    configs = {row.spec: row.config for row in result.pack.rows}
+    assert configs == {whole.spec: whole.config, split.spec: WHOLE}
+    # And a build on a miss starts from the nearest row of all of them.
+    problem = replace(split.problem, T=700)
+    assert miss_config(problem, GPUS["h100"]) == WHOLE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -803,3 +804,28 @@ def test_json_has_no_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(cli.cli.commands, "numbers", numbers)
     assert document(glac("numbers", "--json"))["data"] == {"a": None, "b": [None, 1.5], "c": "x"}
+
+
+def test_your_own_files_are_listed_first(
+    configs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLAC_CONFIG_PATH", str(configs_dir))
+    files = document(glac("configs", "list", "--json"))["data"]["files"]
+    assert files[0]["from"] == str(configs_dir / "h100.yaml")
+    assert {file["from"] for file in files[1:]} == {"glac"}
+
+
+def test_an_older_file_is_migrated_in_place(tmp_path: Path) -> None:
+    from glac.tuned import load_tuned, tuned_text
+
+    text = tuned_text(tuned_file()).replace("schema: 3", "schema: 2").replace("denied: []\n", "")
+    old = re.sub(r"\n  provenance: \{[^}]*\}", "", text)
+    path = tmp_path / "h100.yaml"
+    path.write_text(old)
+    done = glac("configs", "migrate", path)
+    assert (done.exit_code, "schema 3" in done.stdout) == (0, True)
+    assert path.read_text() == tuned_text(load_tuned(path)) != old
+    (tmp_path / "bad.yaml").write_text("schema: 1\n")
+    path.write_text(old)
+    assert glac("configs", "migrate", path, tmp_path / "bad.yaml").exit_code == 1
+    assert path.read_text() == old

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from glac import compile as glac_compile
+from glac import compile_worker
 from glac.compile import CompiledKernel, compile_kernel, compile_many, toolchain
 from glac.configs import ChunkKernelConfig, CombineKernelConfig
 from glac.errors import CompileError, GlacError, MissingEnvironmentError
@@ -182,6 +183,34 @@ def test_compiler_that_dies_takes_nothing_along(
     assert "the compiler died" in died.message
     assert "exit status 7" in died.message
     assert isinstance(results[other], CompiledKernel)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("kill -9 $$", ""),
+        ("exec sleep 600", "did not answer for 0.5 s"),
+        ("kill -11 $$", "status -11"),
+    ],
+    ids=["killed from outside", "hangs", "crashes"],
+)
+def test_a_compiler_that_is_killed_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str, message: str
+) -> None:
+    mark, script = tmp_path / "begun", tmp_path / "python"
+    script.write_text(
+        f"#!/bin/sh\nif [ ! -e {mark} ]; then touch {mark}; {how}; fi\n"
+        f'exec {sys.executable} "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(compile_worker, "TIMEOUT", 0.5 if "sleep" in how else 60.0)
+    result = compile_many([COMBINE], jobs=1)[COMBINE]
+    if message:
+        assert isinstance(result, CompileError)
+        assert message in result.message
+    else:
+        assert isinstance(result, CompiledKernel)
 
 
 def test_nothing_to_compile() -> None:

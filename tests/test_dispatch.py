@@ -299,7 +299,11 @@ def test_a_broken_pack_is_refused_and_said(
 def test_settings_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLAC_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert load_settings() == Settings(False, (), Path("/somewhere/glac"), False)
+    monkeypatch.delenv("GLAC_CONFIG_PATH", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/conf")
+    assert load_settings() == Settings(
+        False, (), Path("/somewhere/glac"), False, (Path("/conf/glac/tuned"),)
+    )
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert load_settings().cache_dir == Path.home() / ".cache" / "glac"
 

@@ -141,14 +141,14 @@ def test_gpu_steps_tune_build_and_serve_from_the_pack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("optuna")
-    from glac.tuning import run, space
+    from glac.tuning import fleet, run, space
     from glac.tuning.evaluate import ReplayEvaluator
 
     gpu = GPUS["h100"]
     few = space.space(quickstart.TUNED, gpu, "quick").configs
     times = {config.slug: 100.0 - 5 * index for index, config in enumerate(few)}
-    monkeypatch.setattr(run, "WorkerEvaluator", lambda *a, **o: ReplayEvaluator(times))
-    monkeypatch.setattr(run, "check_measurable", lambda *a: None)
+    monkeypatch.setattr(fleet, "WorkerEvaluator", lambda *a, **o: ReplayEvaluator(times))
+    monkeypatch.setattr(run, "check_measurable", lambda *a: gpu.arch)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     page, report = Page(), quickstart.Report("gpu", "fake")
     quickstart._build_here(report, gpu, tmp_path, 1, True, page, Page())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from glac.problem import DType, Op, Problem
 from glac.tuned import (
     TunedFile,
     TunedRow,
+    available,
     diff_tuned,
     dump_tuned,
+    effective_rows,
     header_conflicts,
     load_tuned,
     merge_tuned,
@@ -27,6 +30,7 @@ from glac.tuned import (
     shipped,
     shipped_names,
     tuned_text,
+    user_files,
 )
 from tests.helpers_packs import BACKWARD, SPLIT, VECTOR, WHOLE, tuned_file, tuned_row
 
@@ -61,7 +65,7 @@ def test_order_of_rows_does_not_matter() -> None:
 
 def test_any_yaml_reader_reads_it() -> None:
     data = yaml.safe_load(TEXT)
-    assert data["schema"] == 2
+    assert data["schema"] == 3
     assert data["rows"][0]["op"] == "forward"
     assert data["environment"]["date"] == "2026-01-02"
     assert data["rows"][0]["stats"]["error"] == pytest.approx(2.1e-3)
@@ -106,11 +110,11 @@ def test_illegal_file_is_not_written(tmp_path: Path) -> None:
     ("old", "new", "field"),
     [
         ("gpu: h100", "gpu: v100", "gpu: unknown GPU 'v100'"),
-        ("schema: 2", "schema: 3", "schema: version 3 is newer"),
-        ("schema: 2", "schema: 1", "schema: version 1 is older"),
-        ("schema: 2", "schema: true", "schema: wanted 2"),
+        ("schema: 3", "schema: 4", "schema: version 4 is newer"),
+        ("schema: 3", "schema: 1", "schema: version 1 is older"),
+        ("schema: 3", "schema: true", "schema: wanted 3"),
         ("op: forward", "op: sideways", "rows[0].op: wanted forward or backward"),
-        ("op: forward", "op: backward", "rows[0].config: unknown keys ['fwd', 'segment'"),
+        ("op: forward", "op: backward", "rows[0].config: unknown keys ['fwd', 'summary'"),
         ("{forward: ", "{backward: ", "environment.templates_sha256.backward: unknown key"),
         ("code_path: sm_90a", "code_path: sm_75", "code_path: wanted one of"),
         ("'2026-01-02'", "2026-01-02", "environment.date: wanted a text"),
@@ -118,7 +122,7 @@ def test_illegal_file_is_not_written(tmp_path: Path) -> None:
         ("num_stages: 1", "num_stages: 9", "num_stages must be one of"),
         ("num_stages: 1", "num_stages: 1.0", "num_stages must be an integer"),
         ("num_stages: 1", "num_stages: true", "num_stages must be an integer"),
-        ("K: 16", "K: 0", "K must be in 1..256"),
+        ("K: 16", "K: 0", "K must be in 1..512"),
         ("K: 16", "K: 16, K: 16", "rows[0].spec.K: is given twice"),
         ("K: 16", "KK: 16", "unknown keys ['KK']"),
         ("bf16", "int8", "'int8' is not a valid DType"),
@@ -339,3 +343,51 @@ def test_diff_of_headers() -> None:
     assert found.same == 2
     backward = _with(tuned_row(FIRST.problem, BACKWARD), templates_sha256={Op.BACKWARD: "b" * 64})
     assert diff_tuned(FILE, backward).header["templates_sha256.backward"] == ("", "b" * 64)
+
+
+OLD = re.sub(r"\n  provenance: \{[^}]*\}", "", TEXT.replace("schema: 3", "schema: 2"))
+OLD = OLD.replace("\ndenied: []", "")
+
+
+def test_a_file_of_the_schema_before_is_read_and_written_as_the_new_one() -> None:
+    assert "provenance" not in OLD
+    assert "denied" not in OLD
+    file = parse_tuned(OLD, "x.yaml")
+    assert file == parse_tuned(TEXT, "x.yaml")
+    assert all(row.provenance == file.provenance for row in file.rows)
+    assert tuned_text(file) == TEXT
+    mixed = TEXT.replace("schema: 3", "schema: 2")
+    assert "unknown key" in _refused(mixed).message
+
+
+def test_each_row_says_where_it_comes_from() -> None:
+    old = parse_tuned(TEXT, "x.yaml")
+    environment = replace(FILE.environment, driver="600.1", date="2027-01-01", commit="new")
+    problem = Problem(VECTOR, 4, 4096, 16)
+    new = replace(FILE, environment=environment, rows=(tuned_row(problem, WHOLE),))
+    merged, kept, replaced = merge_tuned(old, new)
+    assert (kept, replaced) == (2, 0)
+    again = parse_tuned(tuned_text(merged), "x.yaml")
+    dates = {row.problem: again.row_provenance(row).date for row in again.rows}
+    assert dates[problem] == "2027-01-01"
+    assert {d for p, d in dates.items() if p != problem} == {"2026-01-02"}
+    at = TEXT.index("provenance:")
+    bad = TEXT[:at] + TEXT[at:].replace("code_path: sm_90a", "code_path: sm_75", 1)
+    assert "rows[0].provenance.code_path: wanted one of" in _refused(bad).message
+
+
+def test_a_users_own_files_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    row = replace(FILE.rows[0], stats=replace(FILE.rows[0].stats, us=1.0))
+    dump_tuned(replace(FILE, rows=(row,)), first / "h100.yaml")
+    dump_tuned(FILE, second / "h100.yaml")
+    monkeypatch.setenv("GLAC_CONFIG_PATH", f"{first}:{second}:{tmp_path / 'none'}")
+    assert [len(file.rows) for file in user_files("h100")] == [1, 2]
+    files = available("h100")
+    assert files[-1] == shipped("h100")
+    rows = [row for _, row in effective_rows(files[:2])]
+    assert sorted(row.stats.us for row in rows) == [1.0, 118.25]
+    assert user_files("h200") == []
+    (first / "h200.yaml").write_text((first / "h100.yaml").read_text())
+    with pytest.raises(ConfigError, match=r"h200\.yaml: gpu: wanted h200, got h100"):
+        user_files("h200")

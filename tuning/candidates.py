@@ -1,6 +1,7 @@
 """Compile every kernel that a study may need, on any machine, into a folder it can travel in.
 
     DIR/pack/             the kernels, a pack without rows
+    DIR/pack-twin/        for the A100: the same kernels assembled for an H100, to be timed there
     DIR/candidates.json   problems and ops, their configs, kernels that did not compile and why,
                           toolchain
 
@@ -10,24 +11,26 @@ Ctrl-C, and kernels of the same toolchain and templates are never compiled twice
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glac import __version__
 from glac.atomic import write_text
-from glac.configs import Config, config_from_dict
+from glac.configs import Config
 from glac.errors import GlacError, PackError, StudyError
 from glac.gpus import ARCHS, GpuSpec
 from glac.kernelspec import KernelSpec, config_kernels
 from glac.pack import Pack, read_pack, write_pack
 from glac.problem import Op, Problem
 from glac.templates import template_ops, templates_sha256
+from glac.tuning.evaluate import reason_kind
+from glac.tuning.fleet import space_from_dict, space_to_dict
 from glac.tuning.space import Space
-from glac.tuning.worker import problem_from_dict, problem_to_dict
 
 if TYPE_CHECKING:
     from glac.compile import CompiledKernel
@@ -35,7 +38,42 @@ if TYPE_CHECKING:
 SCHEMA = 2
 INDEX = "candidates.json"
 PACK = "pack"
+TWIN_PACK = "pack-twin"
 SAVE_EVERY = 64
+MOST_SPILLED = {"sm_90a": 2048}
+"""Bytes a thread may spill before a config is not worth a try. The fastest may spill a little
+(48 bytes in the first sketch of the forward), and code for Ampere a kilobyte and more."""
+
+
+@dataclass(frozen=True)
+class Twin:
+    """How code for a GPU that is not at hand is timed on another.
+
+    Attributes:
+        assembled_for: what the assembler is told.
+        runs_on: arch of the devices that run it.
+        shared_per_sm: bytes of shared memory of an SM there, of which each block takes
+            ``_RESERVED`` beside its own.
+        meant_per_sm: the same of the GPU that is meant.
+    """
+
+    assembled_for: str
+    runs_on: str
+    shared_per_sm: int
+    meant_per_sm: int
+
+    def padded(self, shared: int) -> int:
+        """Shared memory to ask for, so that as many blocks share an SM as on the GPU meant."""
+        blocks = min(32, self.meant_per_sm // (shared + _RESERVED))
+        least = self.shared_per_sm // (blocks + 1) + 1 - _RESERVED
+        step = 128
+        return max(shared, -(-least // step) * step) if blocks < 32 else shared
+
+
+_RESERVED = 1024
+TWINS = {"sm_80": Twin("sm_90", "sm_90a", 228 << 10, 164 << 10)}
+"""Ampere code on Hopper: same instructions, within the A100's shared memory per SM. Registers
+per thread and per SM are the same on both."""
 
 OnKernel = Callable[[int, int, int], None]
 """Called with kernels done, kernels in all, and how many of them failed."""
@@ -55,6 +93,7 @@ class Candidates:
         templates_sha256: of the kernel sources, for each op that has a space.
         commit: of the checkout, empty outside one.
         complete: whether every kernel was tried.
+        twin: whether the kernels were also assembled for the GPUs that ``TWINS`` names.
     """
 
     path: Path
@@ -66,10 +105,20 @@ class Candidates:
     templates_sha256: Mapping[Op, str]
     commit: str
     complete: bool
+    twin: bool = False
 
     @property
     def pack_path(self) -> Path:
         return self.path / PACK
+
+    def pack_for(self, arch: str) -> Path | None:
+        """The pack whose code runs on a device of ``arch``: what ships, or its twin; or ``None``.
+
+        A twin has the same kernels under the same names, assembled for a newer GPU.
+        """
+        if arch == self.arch:
+            return self.pack_path
+        return self.path / TWIN_PACK if self.twin and arch == TWINS[self.arch].runs_on else None
 
     def read_pack(self) -> Pack:
         """The compiled kernels.
@@ -86,8 +135,14 @@ class Candidates:
     def why_missing(self, problem: Problem, config: Config, pack: Pack) -> str | None:
         """Why a config cannot be launched, or ``None`` if all its kernels are there."""
         for kernel in config_kernels(problem.spec, config, self.arch):
-            if kernel.name not in pack.kernels:
+            packed = pack.kernels.get(kernel.name)
+            if packed is None:
                 return self.failures.get(kernel.name, f"{kernel.name} was not compiled")
+            if self.arch in MOST_SPILLED and packed.spill_bytes > MOST_SPILLED[self.arch]:
+                return (
+                    f"{kernel.name} spills {packed.spill_bytes} bytes, "
+                    f"more than {MOST_SPILLED[self.arch]}"
+                )
         return None
 
 
@@ -124,15 +179,8 @@ def _to_dict(candidates: Candidates) -> dict[str, Any]:
         "templates_sha256": {op.value: sha for op, sha in candidates.templates_sha256.items()},
         "commit": candidates.commit,
         "complete": candidates.complete,
-        "problems": [
-            {
-                "problem": problem_to_dict(space.problem),
-                "op": space.op.value,
-                "default": space.default.to_dict(),
-                "configs": [c.to_dict() for c in space.configs],
-            }
-            for space in candidates.spaces
-        ],
+        "twin": candidates.twin,
+        "problems": [space_to_dict(space) for space in candidates.spaces],
         "failures": dict(sorted(candidates.failures.items())),
     }
 
@@ -143,15 +191,7 @@ def _from_dict(path: Path, data: Any) -> Candidates:
         raise ValueError(f"schema must be {SCHEMA}, got {found!r}")
     spaces = []
     for index, item in enumerate(data["problems"]):
-        where = f"problems[{index}]"
-        op = Op(item["op"])
-        spaces.append(
-            Space(
-                problem_from_dict(item["problem"], where),
-                config_from_dict(op, item["default"], f"{where}.default"),
-                tuple(config_from_dict(op, c, f"{where}.configs") for c in item["configs"]),
-            )
-        )
+        spaces.append(space_from_dict(item, f"problems[{index}]"))
     if data["arch"] not in ARCHS:
         raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {data['arch']!r}")
     return Candidates(
@@ -164,6 +204,7 @@ def _from_dict(path: Path, data: Any) -> Candidates:
         templates_sha256={Op(op): str(sha) for op, sha in data["templates_sha256"].items()},
         commit=str(data["commit"]),
         complete=data["complete"] is True,
+        twin=data.get("twin") is True,
     )
 
 
@@ -206,6 +247,7 @@ def _reusable(path: Path, arch: str, toolchain: Mapping[str, str]) -> _Reusable:
     try:
         old = load_candidates(path)
         pack = read_pack(path / PACK)
+        twin = read_pack(path / TWIN_PACK) if arch in TWINS else None
     except (StudyError, PackError):
         return _Reusable()
     if not (
@@ -229,8 +271,13 @@ def _reusable(path: Path, arch: str, toolchain: Mapping[str, str]) -> _Reusable:
             cubin = pack.read_cubin(name)
         except PackError:
             continue
+        try:
+            code = twin.read_cubin(name) if twin else b""
+        except (PackError, KeyError):
+            continue
         kept[name] = CompiledKernel(
             kernel=kernel.kernel,
+            twin=code,
             cubin=cubin,
             sha256=kernel.sha256,
             symbol=kernel.symbol,
@@ -240,7 +287,12 @@ def _reusable(path: Path, arch: str, toolchain: Mapping[str, str]) -> _Reusable:
             scratch_bytes=kernel.scratch_bytes,
             num_warps=kernel.num_warps,
         )
-    failures = {name: reason for name, reason in old.failures.items() if name in known}
+    # A compiler that died or hung may have better luck: not the last word on a kernel.
+    failures = {
+        name: reason
+        for name, reason in old.failures.items()
+        if name in known and reason_kind(reason) != "compiler crashed"
+    }
     return _Reusable(spaces, kept, failures)
 
 
@@ -252,7 +304,7 @@ def _merge(old: Sequence[Space], new: Sequence[Space]) -> tuple[Space, ...]:
         before = merged.get(key)
         extra = before.configs if before else ()
         configs = tuple(dict.fromkeys((*space.configs, *extra)))
-        merged[key] = Space(space.problem, space.default, configs)
+        merged[key] = replace(space, configs=configs)
     return tuple(merged.values())
 
 
@@ -300,6 +352,7 @@ def compile_candidates(
                 wanted[kernel.name] = kernel
     todo = [k for name, k in wanted.items() if name not in built and name not in failures]
     path.mkdir(parents=True, exist_ok=True)
+    twin = TWINS.get(gpu.arch)
 
     def save(complete: bool) -> Candidates:
         candidates = Candidates(
@@ -312,9 +365,21 @@ def compile_candidates(
             templates,
             current_commit(),
             complete,
+            gpu.arch in TWINS,
         )
         # The pack first: an index never names kernels as compiled, it only lists failures.
         write_pack(path / PACK, gpu.arch, list(built.values()), (), tools)
+        if twin is not None:
+            twins = [
+                replace(
+                    item,
+                    cubin=item.twin,
+                    sha256=hashlib.sha256(item.twin).hexdigest(),
+                    shared=twin.padded(item.shared),
+                )
+                for item in built.values()
+            ]
+            write_pack(path / TWIN_PACK, gpu.arch, twins, (), tools)
         write_text(path / INDEX, json.dumps(_to_dict(candidates), indent=1) + "\n")
         return candidates
 
@@ -334,7 +399,10 @@ def compile_candidates(
             progress(counts["done"], total, counts["failed"])
 
     try:
-        compile_many(todo, jobs, on_done)
+        if twin is None:
+            compile_many(todo, jobs, on_done)
+        else:
+            compile_many(todo, jobs, on_done, twin.assembled_for)
     except BaseException:
         save(complete=False)
         raise

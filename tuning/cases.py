@@ -34,6 +34,8 @@ from glac.testing import Inputs, hard_gates, problem_inputs
 from glac.validate import TORCH_DTYPES
 
 RAGGED_TOKENS = 173
+EVEN_TOKENS = 256
+SHORT_TOKENS = 7
 _SLICE_ELEMENTS = 1 << 25
 _NORMALIZER = 16.0
 
@@ -401,6 +403,16 @@ def small_cases(
         assert mild.weight is not None
         hard, normalizer = replace(mild, weight=mild.weight * 16), 1.0
     return {
-        "mild": _make(op, small, mild, _NORMALIZER, True, seed + 3),
-        "hard": _make(op, small, hard, normalizer, True, seed + 3),
+        "mild gates": _make(op, small, mild, _NORMALIZER, True, seed + 3),
+        "hard gates": _make(op, small, hard, normalizer, True, seed + 3),
     }
+
+
+def neighbour_cases(op: Op, problem: Problem, device: torch.device, seed: int) -> dict[str, Case]:
+    """Other batches, heads and lengths: whole chunks, and less than any chunk."""
+    found = {}
+    for name, B, tokens, H in (("even", 3, EVEN_TOKENS, 1), ("short", 1, SHORT_TOKENS, 5)):
+        shape = Problem(problem.spec, B=B, T=tokens, H=H)
+        inputs = problem_inputs(shape, device=device, seed=seed + 4, initial_state=True)
+        found[name] = _make(op, shape, inputs, _NORMALIZER, True, seed + 3)
+    return found

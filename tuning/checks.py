@@ -2,8 +2,9 @@
 
 Right means: on the whole tuned shape the relative rms error of every result against fp64 is at
 most twice that of the same-dtype PyTorch form (and a forward pass stays below a ceiling), no
-single row is far off, and two small cases (ragged length, states at both ends; once with mild and
-once with hard gates) agree too. ``glac.tuning.cases`` has inputs, truth and results.
+single row is far off, and small neighbouring shapes agree too: a ragged length with mild and with
+hard gates, a length of whole chunks, one shorter than any chunk; all with states at both ends.
+``glac.tuning.cases`` has inputs, truth and results.
 """
 
 from __future__ import annotations
@@ -20,9 +21,18 @@ from glac.configs import Config, ForwardConfig
 from glac.errors import GlacError
 from glac.plan import Kernel, Plan
 from glac.problem import DType, Op, Problem, Specialisation
-from glac.tuning.cases import RAGGED_TOKENS, Case, Error, error_of, small_cases, tuned_case
+from glac.tuning.cases import (
+    RAGGED_TOKENS,
+    Case,
+    Error,
+    error_of,
+    neighbour_cases,
+    small_cases,
+    tuned_case,
+)
+from glac.tuning.clocks import Clock
 from glac.tuning.evaluate import NOT_REPEATABLE, OK, WRONG, Effort, Outcome, Yardstick
-from glac.tuning.stats import spread
+from glac.tuning.stats import interval, spread
 from glac.tuning.timing import Stopwatch
 
 CEILING = {DType.BF16: 4e-3, DType.FP16: 1e-3, DType.FP32: 1e-4}
@@ -53,6 +63,7 @@ class Checker:
         effort: how much of everything.
         seed: of the inputs.
         op: what is tuned of the problem.
+        clock: reads the device's clock.
     """
 
     def __init__(
@@ -64,7 +75,9 @@ class Checker:
         effort: Effort,
         seed: int = 0,
         op: Op = Op.FORWARD,
+        clock: Callable[[], Clock] = Clock,
     ) -> None:
+        self._clock = clock
         self._problem, self._device, self._load = problem, device, load
         self._stopwatch, self._effort, self._seed = stopwatch, effort, seed
         self._op = op
@@ -86,7 +99,9 @@ class Checker:
             self._small[tokens] = small_cases(
                 self._op, self._problem, tokens, self._device, self._seed
             )
-        return self._small[tokens]
+        if 0 not in self._small:
+            self._small[0] = neighbour_cases(self._op, self._problem, self._device, self._seed)
+        return {**self._small[tokens], **self._small[0]}
 
     def _budget(self, yardstick: float, small: bool) -> float:
         dtype = self._problem.spec.dtype
@@ -125,7 +140,7 @@ class Checker:
             case.poison(config)
             error, reason = self._judge(case, case.call(Plan(case.problem, config, kernels)), True)
             if reason:
-                return error, f"{gates} gates, T={case.problem.T}: {reason}"
+                return error, f"{gates}, T={case.problem.T}: {reason}"
             worst = max(worst, error)
         return worst, ""
 
@@ -156,6 +171,8 @@ class Checker:
             if not _same(run(), first):
                 return Outcome(NOT_REPEATABLE, error=error, hard_error=hard_error)
         samples, pruned = self._time(run, best_us)
+        clock = self._clock()
+        width = interval(samples)
         if not _same(run(), first):
             return Outcome(NOT_REPEATABLE, error=error, hard_error=hard_error)
         return Outcome(
@@ -166,6 +183,10 @@ class Checker:
             hard_error=hard_error,
             samples=len(samples),
             pruned=pruned,
+            interval=width if math.isfinite(width) else 0.0,
+            noisy=not pruned and width > self._effort.interval,
+            clock_mhz=clock.mhz,
+            throttle=clock.throttle,
         )
 
     def _time(self, run: Callable[[], object], best_us: float | None) -> tuple[list[float], bool]:
@@ -175,6 +196,9 @@ class Checker:
         if best_us is not None and min(samples) > effort.slow * best_us:
             return samples, True
         samples += self._stopwatch.sample(run, effort.samples - len(samples))
+        while interval(samples) > effort.interval and len(samples) < effort.most:
+            more = min(effort.samples, effort.most - len(samples))
+            samples += self._stopwatch.sample(run, more)
         return samples, False
 
     def compare(self, configs: Sequence[Config], rounds: int) -> list[list[float]]:

@@ -8,16 +8,19 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from glac import cli
-from glac.errors import GlacError
+from glac.errors import GlacError, StudyError
 from glac.gpus import GPUS, GpuSpec, gpu_by_name
 from glac.problem import LOWRANK_RANKS, DType, Gate, Op, Problem
 from glac.settings import load_settings
+from glac.tuned import TunedFile, available
+from glac.tuning.board import LEASE_SECONDS
 from glac.tuning.candidates import (
     Candidates,
     check_usable,
@@ -27,7 +30,19 @@ from glac.tuning.candidates import (
 )
 from glac.tuning.export import check_target
 from glac.tuning.progress import Progress, duration
-from glac.tuning.space import EFFORTS, SUITES, Space, make_problem, space
+from glac.tuning.propose import SAMPLERS
+from glac.tuning.replay import Table, load_table
+from glac.tuning.space import (
+    EFFORTS,
+    QUICK_CANDIDATES,
+    SUITES,
+    Space,
+    make_problem,
+    space,
+)
+from glac.tuning.storage import shown
+from glac.tuning.study import DEFAULT_SAMPLER
+from glac.tuning.warm import Winner, incumbent_row, warmed, winners
 
 _GPU_SECONDS = {Op.FORWARD: 0.15, Op.BACKWARD: 0.3}
 """About what one candidate takes at standard effort: checks, repeats, timing."""
@@ -203,10 +218,36 @@ def _terminated_is_interrupted() -> Iterator[None]:
     type=click.Path(dir_okay=False, path_type=Path),
     help="YAML to write or update [in the cache].",
 )
+@click.option("--storage", help="Journal file or URL of the study [a file beside --out].")
+@click.option("--gpus", help="Time on several GPUs here: all, or numbers such as 0,1.")
 @click.option(
-    "--storage",
+    "--sampler",
+    type=click.Choice(SAMPLERS),
+    default=DEFAULT_SAMPLER,
+    show_default=True,
+    help="For spaces that are not tried whole.",
+)
+@click.option(
+    "--replay",
+    "replay_table",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Take outcomes from a table; no GPU.",
+)
+@click.option(
+    "--replay-sleep", type=click.FloatRange(min=0.0), help="Seconds each candidate takes then."
+)
+@click.option(
+    "--replay-log",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Journal of the study [beside --out].",
+    help="File that gets a line for each candidate tried then.",
+)
+@click.option("--workers", type=click.IntRange(1, 64), help="Processes of a replay [1].")
+@click.option(
+    "--lease",
+    type=click.FloatRange(min=1.0),
+    default=LEASE_SECONDS,
+    show_default=True,
+    help="Seconds until a worker of another machine that is silent counts as dead.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at a time [all CPUs].")
 @click.option("--dry-run", is_flag=True, help="Say how much there is to do.")
@@ -228,7 +269,14 @@ def tune_command(
     compile_dir: Path | None,
     from_dir: Path | None,
     out: Path | None,
-    storage: Path | None,
+    storage: str | None,
+    gpus: str | None,
+    sampler: str,
+    replay_table: Path | None,
+    replay_sleep: float | None,
+    replay_log: Path | None,
+    workers: int | None,
+    lease: float,
     jobs: int | None,
     dry_run: bool,
     no_progress: bool,
@@ -244,16 +292,26 @@ def tune_command(
       glac tune                                     here, in one go
       glac tune --gpu h100 --compile-only DIR       on any machine, then
       glac tune --gpu h100 --from DIR               on the machine with the GPU
+      glac tune --gpus all --storage URL            on each of many machines
     """
     if compile_dir and from_dir:
         raise click.UsageError("--compile-only and --from exclude each other")
+    alone = {"--replay-sleep": replay_sleep, "--replay-log": replay_log, "--workers": workers}
+    for name, value in alone.items():
+        if value is not None and replay_table is None:
+            raise click.UsageError(f"{name} goes with --replay")
+    if replay_table is not None and (compile_dir or from_dir or gpus):
+        raise click.UsageError("--replay measures nothing: no --compile-only, --from or --gpus")
     problems = _problems(suite, shapes, gate, int(rank) if rank else None, dtype, gate_dtype)
     ops = tuple(Op) if op_name == "both" else (Op(op_name),)
     level = effort or ("quick" if suite == "quick" else "standard")
     progress = Progress(quiet=no_progress or cli.terminal.verbosity < 0)
     from glac.tuning import run
 
+    table = load_table(replay_table) if replay_table else None
     gpu = gpu_by_name(gpu_name) if gpu_name else None
+    if gpu is None and replay_table is not None:
+        gpu = _gpu_of(replay_table)
     loaded = load_candidates(from_dir) if from_dir else None
     if gpu is None and loaded is not None and (dry_run or loaded.gpu in GPUS):
         gpu = gpu_by_name(loaded.gpu)
@@ -262,12 +320,40 @@ def tune_command(
         # Rows belong to listed GPUs; another one of the same arch tunes for its nearest relative.
         if gpu.name not in GPUS:
             gpu = next(g for g in GPUS.values() if g.arch == gpu.arch)
+    target = out or load_settings().cache_dir / "tuned" / f"{gpu.name}.yaml"
+    where = storage or str(run.default_storage(target))
+    if table is not None:
+        spaces = _replayed(table, gpu, problems, ops, level)
+        if dry_run:
+            _dry_run(spaces, gpu, jobs)
+            return
+        with _terminated_is_interrupted():
+            tuned = run.replay(
+                table,
+                spaces,
+                gpu,
+                out,
+                where,
+                effort=level,
+                trials=trials,
+                timeout=timeout,
+                seed=seed,
+                workers=workers or 1,
+                sleep=replay_sleep or 0.0,
+                log=str(replay_log.resolve()) if replay_log else "",
+                jobs=jobs,
+                progress=progress,
+                sampler=sampler,
+                lease=lease,
+            )
+        _finish(tuned, gpu, where)
+        return
     if loaded is not None:
         check_usable(loaded, gpu)
         spaces = run.choose_spaces(loaded, problems, gpu, level, ops)
     else:
         wanted = problems or SUITES["standard"]
-        spaces = [space(problem, gpu, level, op) for problem in wanted for op in ops]
+        spaces = [_started(problem, op, gpu, level, out) for problem in wanted for op in ops]
     if dry_run:
         _dry_run(spaces, gpu, jobs)
         return
@@ -281,9 +367,9 @@ def tune_command(
         )
         cli.emit(data, text)
         return
-    target = out or load_settings().cache_dir / "tuned" / f"{gpu.name}.yaml"
     check_target(target, gpu)
-    run.check_measurable(gpu)
+    devices = run.visible_devices(gpus) if gpus else [0]
+    run.check_measurable(gpu, devices[0])
     if loaded is None:
         folder = target.with_name(f"{target.stem}-candidates")
         loaded = run.compile_with_progress(spaces, gpu, folder, jobs, progress)
@@ -293,24 +379,88 @@ def tune_command(
             spaces,
             gpu,
             target,
-            storage,
+            where,
             effort=level,
             trials=trials,
             timeout=timeout,
             seed=seed,
+            devices=devices,
             progress=progress,
+            sampler=sampler,
+            lease=lease,
         )
-    _finish(tuned, gpu, storage or run.default_storage(target))
+    _finish(tuned, gpu, where)
 
 
-def _finish(tuned: Any, gpu: GpuSpec, storage: Path) -> None:
+def _gpu_of(table: Path) -> GpuSpec:
+    """The GPU that a table is named after."""
+    for name in sorted(GPUS, key=len, reverse=True):
+        if table.name.lower().startswith(name):
+            return GPUS[name]
+    raise click.UsageError(f"--gpu is needed: {table.name} does not begin with the name of one")
+
+
+def _known(gpu: GpuSpec, out: Path | None) -> tuple[list[TunedFile], list[Winner]]:
+    """Files whose rows serve ``gpu`` now, the file to be updated first; and all winners."""
+    own = [file] if out is not None and (file := check_target(out, gpu)) is not None else []
+    own += available(gpu.name)
+    others = [file for name in GPUS if name != gpu.name for file in available(name)]
+    return own, winners([*own, *others])
+
+
+def _started(problem: Problem, op: Op, gpu: GpuSpec, level: str, out: Path | None) -> Space:
+    """The space of a problem with its warm starts in front."""
+    own, known = _known(gpu, out)
+    row = incumbent_row(problem, op, own, gpu)
+    whole = space(problem, gpu, level, op)
+    started = warmed(whole, gpu, known, row.config if row else None)
+    if level != "quick":
+        return started
+    few = started.configs[:QUICK_CANDIDATES]
+    return replace(started, configs=few, warm=min(started.warm, len(few)))
+
+
+def _replayed(
+    table: Table, gpu: GpuSpec, problems: Sequence[Problem] | None, ops: Sequence[Op], level: str
+) -> list[Space]:
+    """The spaces of a table, each started from the winners of the table's other problems.
+
+    Tuned files stay out of it: they may have been made from this very table.
+    """
+    spaces = [
+        item
+        for item in table.spaces(gpu)
+        if item.op in ops and (problems is None or item.problem in problems)
+    ]
+    if not spaces:
+        raise StudyError(
+            f"{table.path}: has no rows for what was asked",
+            hint="leave out --suite, --shape and --op to replay all that it has",
+        )
+    best = [
+        Winner(problem, min(rows, key=lambda c: rows[c].us or math.inf))
+        for (problem, _), rows in table.outcomes.items()
+    ]
+    warm = [
+        warmed(item, gpu, [w for w in best if w.problem != item.problem], add=False)
+        for item in spaces
+    ]
+    if level != "quick":
+        return warm
+    return [replace(item, configs=item.configs[:QUICK_CANDIDATES]) for item in warm]
+
+
+def _finish(tuned: Any, gpu: GpuSpec, storage: str) -> None:
     report, written = tuned.report, tuned.export
     rows = [_result_data(result) for result in report.results]
     data = {
         "gpu": gpu.name,
         "measured_on": report.device.name,
         "out": str(written.path) if written else None,
-        "storage": str(storage),
+        "storage": shown(storage),
+        "wall_seconds": round(report.wall, 3),
+        "held_seconds": round(report.held, 3),
+        "denied": [entry.to_dict() for entry in written.denied] if written else [],
         "interrupted": report.interrupted,
         "results": rows,
         "kept_rows": written.kept if written else 0,
@@ -321,7 +471,12 @@ def _finish(tuned: Any, gpu: GpuSpec, storage: Path) -> None:
     if written:
         lines += [f"warning: {warning}" for warning in written.warnings]
         lines.append(f"{written.path}: {len(written.rows)} rows written, {written.kept} kept")
+        if written.denied:
+            lines.append(f"{len(written.denied)} families of configs are on its deny-list now")
         lines.append(f"next: glac build --gpu {gpu.name} --configs {written.path.parent}")
+    if rows:
+        share = f", {report.held / report.wall:.0%} of it on candidates" if report.held else ""
+        lines.append(f"study: {duration(report.wall)}{share}; glac report {shown(storage)}")
     unfinished = [
         f"{row['problem']} {row['op']}"
         for row in rows
@@ -339,7 +494,7 @@ def _finish(tuned: Any, gpu: GpuSpec, storage: Path) -> None:
         failure = cli.FailedError(
             f"no result for {len(unfinished)} of {len(rows)} problems: {'; '.join(unfinished)}",
             data,
-            hint=f"the reasons are in {storage}, and in the output of --json",
+            hint=f"the reasons are in {shown(storage)}, and in the output of --json",
         )
     if failure is None:
         cli.emit(data, "\n".join(lines))

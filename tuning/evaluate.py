@@ -1,12 +1,13 @@
 """What an evaluator of candidates promises, and one that replays recorded times.
 
 The study asks an ``Evaluator`` and never touches a GPU itself. ``glac.tuning.worker`` has the one
-that measures, in a process of its own; ``ReplayEvaluator`` here answers from a table.
+that measures, in a process of its own; ``ReplayEvaluator`` here answers from a table in memory.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -19,8 +20,42 @@ WRONG = "wrong"
 NOT_REPEATABLE = "not-repeatable"
 ERROR = "error"
 CRASHED = "crashed"
+ILLEGAL = "illegal-access"
 HUNG = "hung"
-STATUSES = (OK, WRONG, NOT_REPEATABLE, ERROR, CRASHED, HUNG)
+OUT_OF_MEMORY = "out-of-memory"
+STATUSES = (OK, WRONG, NOT_REPEATABLE, ERROR, CRASHED, ILLEGAL, HUNG, OUT_OF_MEMORY)
+DEADLY = (CRASHED, ILLEGAL, HUNG)
+"""Cost the worker process."""
+BROKEN = (WRONG, NOT_REPEATABLE, CRASHED, ILLEGAL, HUNG)
+"""The machine code is not to be trusted; other failures may be the machine's."""
+
+_KINDS: tuple[tuple[str, str], ...] = (
+    ("shared memory", r"shared memory"),
+    ("spills too much", r"spills \d+ bytes"),
+    ("denied", r"deny-list"),
+    ("compiler crashed", r"compiler died|compiler did not answer"),
+    ("was not compiled", r"was not compiled"),
+    ("does not compile", r"does not compile|ptxas"),
+)
+
+
+def reason_kind(reason: str) -> str:
+    """A reason without its numbers and names, to count what is alike."""
+    for kind, pattern in _KINDS:
+        if re.search(pattern, reason):
+            return kind
+    text = re.sub(r"\S*[\d_]\S*", "...", reason)
+    return " ".join(text.split()[:8])
+
+
+def failure_status(text: str, otherwise: str) -> str:
+    """The status that an error text of CUDA or PyTorch means, else ``otherwise``."""
+    low = text.lower()
+    if re.search(r"illegal memory access|misaligned address|illegal instruction", low):
+        return ILLEGAL
+    if re.search(r"out of memory|out_of_memory|outofmemory|memoryerror", low):
+        return OUT_OF_MEMORY
+    return otherwise
 
 
 @dataclass(frozen=True)
@@ -30,7 +65,8 @@ class Outcome:
     Attributes:
         status: ``ok``, or why it was refused: ``wrong`` (error against fp64 too large),
             ``not-repeatable`` (two runs differ), ``error`` (does not load or launch), ``crashed``
-            (took its process down), ``hung`` (did not answer in time).
+            (took its process down), ``illegal-access`` (the same, because it touched memory that
+            is not its own), ``hung`` (did not answer in time), ``out-of-memory``.
         us: median device time of a call, microseconds; ``None`` unless ok.
         noise: interquartile range over median.
         error: relative rms error against fp64 on the tuned shape; the worst of several results.
@@ -38,6 +74,10 @@ class Outcome:
         samples: timings taken.
         pruned: timing stopped early because it was far from the best.
         reason: one line on what went wrong.
+        interval: width of the 95 % confidence interval of ``us``, relative to it.
+        noisy: it stayed above ``Effort.interval`` however often the call was timed.
+        clock_mhz: of the SMs after the timing, 0 where the driver does not say.
+        throttle: why the GPU held its clock back then, empty if it did not.
     """
 
     status: str
@@ -48,6 +88,10 @@ class Outcome:
     samples: int = 0
     pruned: bool = False
     reason: str = ""
+    interval: float = 0.0
+    noisy: bool = False
+    clock_mhz: int = 0
+    throttle: str = ""
 
     @property
     def ok(self) -> bool:
@@ -115,6 +159,8 @@ class Effort:
         finalists: best candidates that are timed again, the default not counted.
         rounds: interleaved rounds of the final comparison.
         trials: candidates tried where the space is too large to try all.
+        interval: calls are timed until the 95 % interval of the median is narrower than this ...
+        most: ... or this many were timed.
     """
 
     samples: int
@@ -124,12 +170,14 @@ class Effort:
     finalists: int = 8
     rounds: int = 5
     trials: int = 100
+    interval: float = 0.02
+    most: int = 100
 
 
 EFFORT: dict[str, Effort] = {
-    "quick": Effort(samples=10, finalists=4),
+    "quick": Effort(samples=10, finalists=4, most=40),
     "standard": Effort(samples=25, rounds=7),
-    "full": Effort(samples=60, rounds=11, trials=250),
+    "full": Effort(samples=60, rounds=11, trials=250, most=240),
 }
 
 
@@ -153,6 +201,10 @@ class Evaluator(Protocol):
 
         A config that fails has an empty list.
         """
+        ...
+
+    def abort(self) -> None:
+        """End an evaluation that runs in another thread; called before ``close`` at most."""
         ...
 
     def close(self) -> None:
@@ -199,6 +251,9 @@ class ReplayEvaluator:
             swing = [1.0 + self.jitter * ((i * 7) % 5 - 2) / 2 for i in range(rounds)]
             times.append([us * s for s in swing] if us else [])
         return times
+
+    def abort(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glac import __version__
@@ -15,6 +15,7 @@ from glac.kernelspec import config_kernels
 from glac.pack import Pack
 from glac.problem import Op
 from glac.tuned import (
+    Denied,
     RowKey,
     TunedEnvironment,
     TunedFile,
@@ -26,6 +27,7 @@ from glac.tuned import (
     load_tuned,
     merge_tuned,
 )
+from glac.tuning.deny import denied_families
 from glac.tuning.evaluate import Device
 from glac.tuning.study import Report, Result
 
@@ -40,6 +42,7 @@ class Export:
         kept: rows of the old file that stay.
         replaced: rows of the old file that gave way.
         warnings: what a user should know about the kept rows.
+        denied: families of configs that failed in this study.
     """
 
     path: Path
@@ -47,6 +50,7 @@ class Export:
     kept: int
     replaced: int
     warnings: tuple[str, ...]
+    denied: tuple[Denied, ...] = ()
 
 
 def environment(
@@ -71,7 +75,10 @@ def _plain(value: float, digits: int) -> float:
 
 
 def tuned_row(result: Result, pack: Pack, device: Device) -> TunedRow | None:
-    """The row of one result, or ``None`` if no candidate worked."""
+    """The row of one result, or ``None`` if no candidate worked.
+
+    Hashes and facts are those of ``pack``, which ships, whatever code path was timed.
+    """
     choice = result.choice
     if choice is None:
         return None
@@ -161,8 +168,37 @@ def export(
     old = check_target(path, gpu)
     hashes = {row.op: templates_sha256[row.op] for row in rows}
     header = environment(report.device, pack.toolchain, hashes, commit)
-    new = TunedFile(gpu.name, report.device.name, gpu.arch, header, tuple(rows))
+    denied = [
+        entry
+        for result in report.results
+        for entry in denied_families(
+            result.problem.spec,
+            result.outcomes,
+            triton=header.triton,
+            ptxas=header.ptxas,
+            templates_sha256=templates_sha256[result.op],
+            measured_on=report.device.name,
+            date=header.date,
+        )
+    ]
+    unique = tuple({entry.key: entry for entry in denied}.values())
+    new = TunedFile(gpu.name, report.device.name, pack.arch, header, tuple(rows), unique)
     merged, kept, replaced = merge_tuned(old, new) if old else (new, 0, 0)
+    worked = {
+        (r.op, r.problem.spec, c) for r in report.results for c, o in r.outcomes.items() if o.ok
+    }
+    merged = replace(
+        merged,
+        # What works in one bucket, or works now, is not denied for what failed in another.
+        denied=tuple(
+            entry
+            for entry in merged.denied
+            if not any(
+                (op, spec) == (entry.op, entry.spec) and entry.matches(spec, config)
+                for op, spec, config in worked
+            )
+        ),
+    )
     warnings = []
     conflicts = header_conflicts(old, new) if old else []
     if conflicts:
@@ -172,4 +208,4 @@ def export(
             "tune them again, or expect `glac build` to report other binaries"
         )
     dump_tuned(merged, path)
-    return Export(path, tuple(rows), kept, replaced, tuple(warnings))
+    return Export(path, tuple(rows), kept, replaced, tuple(warnings), unique)

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from glac.configs import (
-    BLOCKS_K,
     CHUNKS,
     STAGES,
     WARPS,
@@ -40,7 +39,6 @@ from glac.configs import (
     padded_v,
     why_illegal,
 )
-from glac.configs import BLOCKS_V as ALL_BLOCKS_V
 from glac.errors import ConfigError
 from glac.gpus import GpuSpec
 from glac.problem import DType, Op, Problem, Specialisation
@@ -69,11 +67,15 @@ class Space:
         problem: what is tuned.
         default: the config used without tuning, always among ``configs``.
         configs: what is tried, most promising first.
+        incumbent: what serves the problem now, if not the default; among ``configs``.
+        warm: how many of the first configs are worth a try before any sampler is asked.
     """
 
     problem: Problem
     default: Config
     configs: tuple[Config, ...]
+    incumbent: Config | None = None
+    warm: int = 8
 
     @property
     def op(self) -> Op:
@@ -275,39 +277,3 @@ def space(problem: Problem, gpu: GpuSpec, effort: str = "standard", op: Op = Op.
         if effort == "quick":
             configs = configs[: QUICK_CANDIDATES - 1]
     return Space(problem, default, (default, *configs))
-
-
-def parameters(config: Config) -> dict[str, int | bool | str]:
-    """A config as independent choices, for a sampler that looks for structure."""
-    if isinstance(config, BackwardConfig):
-        states = {f"states_{name}": value for name, value in config.states.to_dict().items()}
-        values = config.dv.slug if config.dv else "with the others"
-        return {**config.grads.to_dict(), **states, "values": values}
-    same = config.summary is None or config.summary == config.fwd
-    return {
-        **config.fwd.to_dict(),
-        "segment": config.segment,
-        "summary": "same" if same else "other",
-    }
-
-
-def parameter_choices(space: Space) -> dict[str, tuple[int | bool | str, ...]]:
-    """The values that each of ``parameters`` may have.
-
-    They do not depend on which configs there are: a study that is resumed must find the same.
-    """
-    tile: dict[str, tuple[int | bool | str, ...]] = {
-        "chunk": CHUNKS,
-        "block_v": ALL_BLOCKS_V,
-        "num_warps": WARPS,
-        "num_stages": STAGES,
-        "tma": (False, True),
-    }
-    if space.op is Op.BACKWARD:
-        states = {f"states_{name}": values for name, values in tile.items()}
-        walks = itertools.product(CHUNKS, ALL_BLOCKS_V, WARPS, STAGES, (False, True))
-        values = ("with the others", *(ChunkKernelConfig(*walk).slug for walk in walks))
-        return {**tile, "block_k": BLOCKS_K, "dv": (False, True), **states, "values": values}
-    segments = {0, *(c.segment for c in space.configs if isinstance(c, ForwardConfig))}
-    segments |= {1 << bits for bits in range(4, max(2048, space.problem.T).bit_length())}
-    return {**tile, "segment": tuple(sorted(segments)), "summary": ("same", "other")}

@@ -1,51 +1,58 @@
-"""The study: every candidate tried once, the best compared again, each result kept on disk.
+"""The study: every candidate tried once, the best compared again, each result kept.
 
-One Optuna study for each op of a problem lives in a journal file. A space of at most 150 configs
-is tried whole, a larger one by a Gaussian process on log(time). Failed candidates are results too:
-a large finite value and a violated constraint, so that a sampler learns from them. Running the
-same command again goes on where the last run ended.
+One Optuna study for each op of a problem lives in a storage that any number of workers share, and
+beside it one for the comparisons of finalists. A space of at most 150 configs is tried whole, a
+larger one by a sampler on log(time). Failed candidates are results too: a large finite value and a
+violated constraint. Running the same command again goes on where the last run ended.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import hashlib
 import importlib
-import importlib.util
 import math
-import os
 import statistics
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from glac.configs import Config
 from glac.errors import GlacError, MissingEnvironmentError, StudyError
+from glac.gpus import GPUS, GpuSpec
 from glac.problem import Op, Problem
+from glac.tuning.board import LEASE_SECONDS, Board, Claim
 from glac.tuning.evaluate import (
-    CRASHED,
+    DEADLY,
     EFFORT,
-    HUNG,
     Device,
     Effort,
     Evaluator,
     Outcome,
+    reason_kind,
 )
+from glac.tuning.prior import predicted_us
 from glac.tuning.progress import Progress
-from glac.tuning.space import Space, parameter_choices, parameters
+from glac.tuning.propose import Proposer, coordinates, one_thread, ranges
+from glac.tuning.space import EXHAUSTIVE, Space
 from glac.tuning.stats import spread
+from glac.tuning.storage import open_storage
+from glac.tuning.worker import problem_to_dict
 
 WORTHWHILE = 0.01
-"""A config must beat the default by more than this, or by more than the noise."""
+"""A config must beat the incumbent by more than this, or by more than the noise."""
+DEFAULT_SAMPLER = "gp"
+"""The winner of benchmarks/samplers.py."""
+STUDY_FORMAT = "glac3"
+"""Part of each study's name: what an older glac recorded in another form is left alone."""
+FINALS = "finals"
 _INFEASIBLE = math.log(1e9)
-_CONSTRAINT = "works"
-TIMED_WHOLE = 400
-"""A space of at most this many configs is timed whole: 70 ms a config, where asking the sampler
-for the next takes up to 4 s (200 configs, 16 parameters, on the CPU of an H200's host)."""
-_STARTUP_TRIALS = 10
-_WARM_STARTS = 8
+_POLL = 0.1
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Choice:
     """The config a study ends with.
 
     Attributes:
-        config: the winner; the default unless something clearly beat it.
+        config: the winner; the incumbent unless something clearly beat it.
         us: its median time.
         default_us: the default's, 0 if it failed.
         noise: relative spread of the timings the decision rests on.
@@ -116,11 +123,15 @@ class Report:
         results: one for each problem and op begun.
         device: where it was measured.
         interrupted: Ctrl-C ended it early; ``results`` hold what there was.
+        wall: seconds the study took.
+        held: seconds of it in which a candidate was being checked or timed.
     """
 
     results: tuple[Result, ...]
     device: Device
     interrupted: bool = False
+    wall: float = 0.0
+    held: float = 0.0
 
 
 def import_optuna() -> Any:
@@ -140,165 +151,108 @@ def import_optuna() -> Any:
     return optuna
 
 
-class _HeldLock:
-    """Nothing to do: the journal is locked for the whole study, and freed if we die."""
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The Gaussian process works on tiny matrices, where threads only get in each other's way."""
-    if importlib.util.find_spec("torch") is None:
-        yield
-        return
-    torch = importlib.import_module("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _open_storage(path: Path) -> Iterator[Any]:
-    """The journal, ours alone until the end.
-
-    Raises:
-        StudyError: another study is using it, or it cannot be written.
-    """
-    optuna = import_optuna()
-    journal = optuna.storages.journal
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b")
-    except OSError as error:
-        raise StudyError(f"{path}: cannot be written ({error.strerror})") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StudyError(
-                f"{path}: another study is writing it",
-                hint="wait for it, or give this one its own --storage",
-            ) from None
-        _drop_torn_line(file)
-        backend = journal.JournalFileBackend(str(path), lock_obj=_HeldLock())
-        try:
-            storage = optuna.storages.JournalStorage(backend)
-        except Exception as error:  # json and key errors of a foreign file
-            raise StudyError(
-                f"{path}: not a study journal ({type(error).__name__}: {error})",
-                hint="move it away, or choose another --storage",
-            ) from None
-        yield storage
-
-
-def _drop_torn_line(file: Any) -> None:
-    """Cut off a last line that a killed process left half written; it would spoil the next."""
-    file.seek(0, os.SEEK_END)
-    size = file.tell()
-    back = min(size, 1 << 20)
-    file.seek(size - back)
-    tail = file.read(back)
-    if tail and not tail.endswith(b"\n"):
-        file.truncate(size - back + tail.rfind(b"\n") + 1)
-        file.flush()
-
-
-def _distributions(optuna: Any, space: Space) -> dict[str, Any]:
-    """Choices that do not depend on what happened to compile: a resumed study must agree."""
-    category = optuna.distributions.CategoricalDistribution
-    return {name: category(values) for name, values in parameter_choices(space).items()}
-
-
-def _sampler(optuna: Any, exhaustive: bool, seed: int) -> Any:
-    if exhaustive:
-        return optuna.samplers.RandomSampler(seed=seed)  # never asked: all points are given
-    if importlib.util.find_spec("scipy") is not None and importlib.util.find_spec("torch"):
-        return optuna.samplers.GPSampler(
-            seed=seed, n_startup_trials=_STARTUP_TRIALS, deterministic_objective=False
-        )
-    return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
-
-
-def decide(default: Config, times: Mapping[Config, Sequence[float]], noise: float = 0.0) -> Choice:
+def decide(
+    default: Config,
+    times: Mapping[Config, Sequence[float]],
+    noise: float = 0.0,
+    incumbent: Config | None = None,
+    rank: Callable[[Config], float] | None = None,
+) -> Choice:
     """The winner among configs timed in the same rounds.
 
     Args:
-        default: stays unless it is beaten by more than max(1 %, noise).
+        default: what the winner's time is compared with in reports.
         times: microseconds per round, at least one round; rounds of all configs correspond.
         noise: a lower bound, for times that say nothing about their own spread.
+        incumbent: what serves the problem now, the default if None. It stays unless it is beaten
+            by more than max(1 %, noise). If it failed, the default takes its place.
+        rank: orders configs that are within that of the best, smallest first, where the times are
+            from another device than the one that is meant.
     """
     middle = {config: statistics.median(values) for config, values in times.items()}
     best = min(middle, key=lambda c: (middle[c], c.slug))
-    if default not in times:
-        return Choice(best, middle[best], 0.0, max(noise, spread(times[best])), True)
-    noise = max(noise, spread(times[best]), spread(times[default]))
-    pairs = zip(times[default], times[best], strict=False)
-    gain = statistics.median((d - b) / d for d, b in pairs)
-    winner = best if gain > max(WORTHWHILE, noise) else default
-    return Choice(winner, middle[winner], middle[default], noise, True)
+    if rank is not None:
+        limit = middle[best] * (1.0 + max(WORTHWHILE, noise, spread(times[best])))
+        best = min((c for c in middle if middle[c] <= limit), key=lambda c: (rank(c), middle[c]))
+    default_us = middle.get(default, 0.0)
+    holder = next((c for c in (incumbent, default) if c is not None and c in times), None)
+    if holder is None:
+        return Choice(best, middle[best], default_us, max(noise, spread(times[best])), True)
+    noise = max(noise, spread(times[best]), spread(times[holder]))
+    pairs = zip(times[holder], times[best], strict=False)
+    gain = statistics.median((h - b) / h for h, b in pairs)
+    winner = best if gain > max(WORTHWHILE, noise) else holder
+    return Choice(winner, middle[winner], default_us, noise, True)
 
 
-def _decide_from_outcomes(default: Config, outcomes: Mapping[Config, Outcome]) -> Choice | None:
+def _decide_from_outcomes(
+    default: Config, outcomes: Mapping[Config, Outcome], incumbent: Config | None = None
+) -> Choice | None:
     """The winner where no comparison was made."""
     ok = {c: o for c, o in outcomes.items() if o.ok and o.us is not None}
     if not ok:
         return None
     best = min(ok, key=lambda c: (ok[c].us or 0.0, c.slug))
-    pair = {c: ok[c] for c in (best, default) if c in ok}
+    few = {c: ok[c] for c in (best, default, incumbent) if c is not None and c in ok}
     choice = decide(
         default,
-        {c: [o.us or 0.0] for c, o in pair.items()},
-        noise=max(o.noise for o in pair.values()),
+        {c: [o.us or 0.0] for c, o in few.items()},
+        noise=max(o.noise for o in few.values()),
+        incumbent=incumbent,
     )
-    return Choice(choice.config, choice.us, choice.default_us, choice.noise, False)
+    return replace(choice, compared=False)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A candidate that this worker claimed."""
+
+    claim: Claim
+    config: Config
 
 
 @dataclass
 class _ProblemStudy:
-    """The study of one op of one problem."""
+    """The study of one op of one problem, by one of any number of workers."""
 
+    optuna: Any
     space: Space
     evaluator: Evaluator
     effort: Effort
-    study: Any
-    distributions: Mapping[str, Any]
-    exhaustive: bool
+    board: Board
+    open_finals: Callable[[], Board]
     planned: int
+    proposer: Proposer | None
     progress: Progress
+    clock: _Clock
+    rank: Callable[[Config], float] | None = None
     outcomes: dict[Config, Outcome] = field(default_factory=dict)
     yardstick: float = math.nan
     prepared: bool = False
 
-    def restore(self) -> None:
-        """Take over what earlier runs found, and close what they left open."""
-        from optuna.trial import TrialState
+    def __post_init__(self) -> None:
+        self._by_slug = {config.slug: config for config in self.space.configs}
+        self._shown = 0
 
-        stored = self.study.user_attrs.get("yardstick")
+    def refresh(self) -> None:
+        """Take over what this and other workers, now and earlier, found."""
+        self.board.refresh()
+        for slug, trial in self.board.done.items():
+            config = self._by_slug.get(slug)
+            if config is not None and config not in self.outcomes:
+                # What an older glac wrote in another form is tried again under the same name.
+                with contextlib.suppress(ValueError, KeyError):
+                    self.outcomes[config] = Outcome.from_dict(trial.user_attrs["outcome"])
+        stored = self.board.attributes.get("yardstick") if math.isnan(self.yardstick) else None
         if stored is not None:
             self.yardstick = float(stored)
-        by_slug = {config.slug: config for config in self.space.configs}
-        for trial in self.study.get_trials(deepcopy=False):
-            if trial.state in (TrialState.RUNNING, TrialState.WAITING):
-                self.study.tell(trial.number, state=TrialState.FAIL)
-            config = by_slug.get(trial.user_attrs.get("config"))
-            if trial.state is TrialState.COMPLETE and config and config not in self.outcomes:
-                with contextlib.suppress(ValueError):
-                    self.outcomes[config] = Outcome.from_dict(trial.user_attrs["outcome"])
 
     def prepare(self) -> None:
         """Have the evaluator make inputs and truth, before the first measurement of this run."""
         if not self.prepared:
             self.yardstick = self.evaluator.prepare(self.space.problem, self.space.op).error
-            self.study.set_user_attr("yardstick", self.yardstick)
+            if math.isfinite(self.yardstick):
+                self.board.describe(yardstick=self.yardstick)
             self.prepared = True
 
     @property
@@ -316,107 +270,186 @@ class _ProblemStudy:
         text = f"best {best[1]:.1f} us {best[0].slug}" if best else "none works yet"
         return f"{text}, {failed} failed, {pruned} pruned"
 
-    def _record(self, trial: Any, config: Config, outcome: Outcome) -> None:
-        trial.set_user_attr("config", config.slug)
-        trial.set_user_attr("outcome", outcome.to_dict())
-        trial.set_constraint(_CONSTRAINT, -1.0 if outcome.ok else 1.0)
+    def _report(self) -> None:
+        """Tell how far the study is, whoever got it there."""
+        new = len(self.outcomes) - self._shown
+        if new > 0:
+            self._shown = len(self.outcomes)
+            self.progress.step(self._detail(), new)
+
+    def _measure(self, config: Config, best_us: float | None) -> Outcome:
+        """What becomes of a candidate; runs in a thread of its own."""
+        self.prepare()
+        with self.clock:
+            return self.evaluator.evaluate(config, best_us)
+
+    def _record(self, claim: Claim, config: Config, outcome: Outcome) -> None:
         us = outcome.us if outcome.ok else None
-        self.study.tell(trial, _INFEASIBLE if us is None else math.log(us))
-
-    def _try(self, trial: Any, config: Config) -> None:
-        best = self.best
-        try:
-            self.prepare()
-            outcome = self.evaluator.evaluate(config, best[1] if best else None)
-        except BaseException:
-            # Not this candidate's fault: it is tried again when the study goes on.
-            from optuna.trial import TrialState
-
-            self.study.tell(trial, state=TrialState.FAIL)
-            raise
-        self._record(trial, config, outcome)
+        value = _INFEASIBLE if us is None else math.log(us)
+        if not self.board.tell(claim, value, outcome.ok, outcome=outcome.to_dict()):
+            self.progress.note(f"  {config.slug}: another worker took it over, result dropped")
+            return
         self.outcomes[config] = outcome
-        if outcome.status in (CRASHED, HUNG):
+        if outcome.status in DEADLY:
             self.progress.note(f"  {config.slug}: {outcome.status}: {outcome.reason}")
-        self.progress.step(self._detail())
 
-    def _given(self, config: Config) -> None:
-        self.study.enqueue_trial(parameters(config))
-        self._try(self.study.ask(self.distributions), config)
+    def _next(self) -> Config | None:
+        """What to try now; ``None`` if the rest is in other workers' hands."""
+        taken = {c for slug in self.board.running if (c := self._by_slug.get(slug)) is not None}
+        if len(self.outcomes) + len(taken - self.outcomes.keys()) >= self.planned:
+            return None
+        free = (c for c in self.space.configs if c not in self.outcomes and c not in taken)
+        if self.proposer is None:
+            return next(free, None)
+        starts = self.space.configs[: self.space.warm]
+        first = next((c for c in free if c in starts), None)
+        return first or self.proposer.next(self.outcomes, taken)
 
-    def try_all(self) -> None:
-        """Every candidate that was not tried yet, the most promising first."""
-        for config in self.space.configs:
-            if config not in self.outcomes:
-                self._given(config)
+    def _take(self) -> _Held | None:
+        """A candidate that is ours now; ``None`` if there is none, or another was first."""
+        config = self._next()
+        if config is None:
+            return None
+        claim = self.board.claim(config.slug, self.planned, coordinates(config), self._ranges)
+        return None if claim is None else _Held(claim, config)
 
-    def search(self) -> None:
-        """As many candidates as planned, chosen by the sampler after a few warm starts."""
-        by_params: dict[tuple[Any, ...], Config] = {}
-        for config in self.space.configs:
-            values = parameters(config)
-            by_params.setdefault(tuple(values[name] for name in self.distributions), config)
-        for config in self.space.configs[:_WARM_STARTS]:
-            if len(self.outcomes) < self.planned and config not in self.outcomes:
-                self._given(config)
-        wasted = 0
-        while len(self.outcomes) < self.planned:
-            if wasted >= 20:  # the sampler repeats itself: take the best untried by rule of thumb
-                wasted = 0
-                self._given(next(c for c in self.space.configs if c not in self.outcomes))
-                continue
-            trial = self.study.ask(self.distributions)
-            key = tuple(trial.params[name] for name in self.distributions)
-            config_ = by_params.get(key)
-            if config_ is None:
-                self._tell_again(trial, Outcome("error", reason="not in the space"))
-                wasted += 1
-            elif config_ in self.outcomes:
-                self._tell_again(trial, self.outcomes[config_])
-                wasted += 1
-            else:
-                wasted = 0
-                self._try(trial, config_)
+    def run(self) -> None:
+        """Try candidates until as many as planned have an outcome, together with other workers.
 
-    def _tell_again(self, trial: Any, outcome: Outcome) -> None:
-        """Answer the sampler without a measurement."""
-        trial.set_constraint(_CONSTRAINT, -1.0 if outcome.ok else 1.0)
-        us = outcome.us if outcome.ok else None
-        self.study.tell(trial, _INFEASIBLE if us is None else math.log(us))
+        While one is measured, the result of the one before is written and the next one is taken:
+        the device waits for neither storage nor sampler.
+        """
+        with ThreadPoolExecutor(1) as measuring:
+            while True:
+                self.refresh()
+                self._report()
+                if len(self.outcomes) >= self.planned:
+                    return
+                held = self._take()
+                if held is None:
+                    time.sleep(_POLL)
+                else:
+                    self._run_from(held, measuring)
+
+    def _run_from(self, current: _Held | None, measuring: ThreadPoolExecutor) -> None:
+        """Measure a candidate, and more as long as there is one to take."""
+        before: tuple[_Held, Outcome] | None = None
+        ahead: _Held | None = None
+        try:
+            while current is not None:
+                ours = [self.best[1]] if self.best else []
+                ours += [before[1].us] if before and before[1].us else []
+                future = measuring.submit(self._measure, current.config, min(ours, default=None))
+                if before:
+                    self._record(before[0].claim, before[0].config, before[1])
+                    before = None
+                    self._report()
+                ahead = self._take()
+                before, current, ahead = (current, future.result()), ahead, None
+            if before:
+                self._record(before[0].claim, before[0].config, before[1])
+        except BaseException:
+            # Not the candidates' fault: they are tried again when the study goes on.
+            self.evaluator.abort()
+            if before:
+                self._record(before[0].claim, before[0].config, before[1])
+            for held in (current, ahead):
+                if held is not None:
+                    self.board.withdraw(held.claim)
+            raise
+
+    @cached_property
+    def _ranges(self) -> dict[str, Any]:
+        whole = self.optuna.distributions.IntDistribution
+        points = [coordinates(config) for config in self.space.configs]
+        return {name: whole(low, high) for name, (low, high) in ranges(points).items()}
+
+    def finalists(self) -> list[Config]:
+        """The best few, the default and the incumbent."""
+        ok = {c: o.us for c, o in self.outcomes.items() if o.us is not None}
+        chosen = sorted(ok, key=lambda c: (ok[c], c.slug))[: self.effort.finalists]
+        always = (self.space.default, self.space.incumbent)
+        return list(dict.fromkeys((*chosen, *(c for c in always if c is not None and c in ok))))
 
     def compare(self) -> Choice | None:
-        """The finalists and the default timed again, in turn; the winner among them."""
-        ok = {c: o.us for c, o in self.outcomes.items() if o.us is not None}
-        finalists = sorted(ok, key=lambda c: (ok[c], c.slug))[: self.effort.finalists]
-        default = self.space.default
-        if default in ok and default not in finalists:
-            finalists.append(default)
+        """The finalists timed again, in turn, by one of the workers; the winner among them."""
+        finalists = self.finalists()
         if not finalists:
             return None
-        key = {"configs": sorted(c.slug for c in finalists), "rounds": self.effort.rounds}
-        kept = self.study.user_attrs.get("comparison")
-        if kept and kept.get("key") == key:
-            times = {c: kept["times"][c.slug] for c in finalists if c.slug in kept["times"]}
-        else:
-            self.progress.begin(f"{self.space}: comparing finalists", len(finalists))
+        default, incumbent = self.space.default, self.space.incumbent
+        names = [",".join(sorted(c.slug for c in finalists)), str(self.effort.rounds)]
+        key = hashlib.sha256(" ".join(names).encode()).hexdigest()[:16]
+        times = self._compared(key, finalists)
+        holder = incumbent if incumbent in finalists else default
+        if not times or (holder in finalists and holder not in times):
+            return _decide_from_outcomes(default, self.outcomes, incumbent)
+        return decide(default, times, incumbent=incumbent, rank=self.rank)
+
+    def _compared(self, key: str, finalists: Sequence[Config]) -> Mapping[Config, Sequence[float]]:
+        """Times of the comparison called ``key``; empty if it cannot be made."""
+        finals, begun = self.open_finals(), False
+        try:
+            while True:
+                finals.refresh()
+                done = finals.done.get(key)
+                if done is not None:
+                    stored = done.user_attrs["times"]
+                    return {c: stored[c.slug] for c in finalists if stored.get(c.slug)}
+                if not begun:
+                    self.progress.begin(f"{self.space}: comparing finalists", len(finalists))
+                    begun = True
+                claim = None if key in finals.running else finals.claim(key)
+                if claim is None:
+                    time.sleep(_POLL)
+                elif not self._compare_now(finals, claim, finalists):
+                    return {}
+        finally:
+            finals.close()
+
+    def _compare_now(self, finals: Board, claim: Claim, finalists: Sequence[Config]) -> bool:
+        """Make the comparison that was claimed; whether anything could be timed."""
+        try:
             self.prepare()
-            rows = self.evaluator.compare(finalists, self.effort.rounds)
-            times = {c: row for c, row in zip(finalists, rows, strict=True) if row}
-            self.progress.step(count=len(finalists))
-            if times:
-                record = {"key": key, "times": {c.slug: row for c, row in times.items()}}
-                self.study.set_user_attr("comparison", record)
-        if not times or (default in ok and default not in times):
-            return _decide_from_outcomes(default, self.outcomes)
-        return decide(default, times)
+            with self.clock:
+                rows = self.evaluator.compare(finalists, self.effort.rounds)
+        except BaseException:
+            finals.withdraw(claim)
+            raise
+        times = {c.slug: row for c, row in zip(finalists, rows, strict=True) if row}
+        self.progress.step(count=len(finalists))
+        if not times:
+            finals.withdraw(claim)
+            return False
+        fastest = min(statistics.median(row) for row in times.values())
+        finals.tell(claim, math.log(fastest), True, times=times)
+        return True
+
+
+class _Clock:
+    """Adds up how long candidates were held."""
+
+    def __init__(self) -> None:
+        self.held = 0.0
+        self._since = 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.held += time.monotonic() - self._since
 
 
 def _plan(space: Space, effort: Effort, trials: int | None) -> tuple[bool, int]:
     """Whether all candidates are tried, and how many are."""
     total = len(space.configs)
     if trials is None:
-        trials = total if total <= TIMED_WHOLE else effort.trials
+        trials = total if total <= EXHAUSTIVE else effort.trials
     return total <= trials, min(total, trials)
+
+
+def study_name(gpu: str, device: Device, space: Space, key: str) -> str:
+    """What must be the same for results to be taken over."""
+    return "|".join((f"{STUDY_FORMAT}:{gpu}", device.name, str(space), key))
 
 
 def run_study(
@@ -431,13 +464,17 @@ def run_study(
     key: Mapping[Op, str] | None = None,
     missing: Callable[[Problem, Config], str | None] | None = None,
     progress: Progress | None = None,
+    sampler: str = DEFAULT_SAMPLER,
+    lease: float = LEASE_SECONDS,
+    facts: Mapping[str, Any] | None = None,
+    elsewhere: bool = False,
 ) -> Report:
-    """Study problem after problem.
+    """Study problem after problem, alone or beside other processes that call this too.
 
     Args:
         spaces: problems with their candidates.
         evaluator: measures; closed at the end.
-        storage: journal file, made if it is not there.
+        storage: journal file, made if it is not there, or a URL, see ``glac.tuning.storage``.
         gpu: name, part of each study's name.
         effort: a key of ``EFFORT``.
         trials: candidates per problem; default: all, or ``effort.trials`` of a large space.
@@ -446,28 +483,45 @@ def run_study(
             templates.
         missing: why a config cannot be measured, or None if it can.
         progress: told of everything.
+        sampler: one of ``glac.tuning.propose.SAMPLERS``.
+        lease: seconds after which a silent worker of another machine has lost its candidate.
+        facts: about toolchain and checkout, kept with the study for its report.
+        elsewhere: times are from another model than ``gpu``, whose roofline decides ties.
 
     Returns:
         What was found, also after Ctrl-C.
 
     Raises:
-        StudyError: the storage is in use or broken, or nothing can be measured.
+        StudyError: the storage is broken or away, or nothing can be measured.
         MissingEnvironmentError: Optuna is not installed.
     """
     progress = progress or Progress(quiet=True)
     results: list[Result] = []
     device = Device("")
     interrupted = False
+    clock, started = _Clock(), time.monotonic()
     try:
         optuna = import_optuna()
-        with _open_storage(Path(storage)) as opened:
+        with open_storage(optuna, storage) as opened:
             try:
                 device = evaluator.device()
                 for index, space in enumerate(spaces):
                     title = f"[{index + 1}/{len(spaces)}] {space}"
-                    name = "|".join((gpu, device.name, str(space), (key or {}).get(space.op, "")))
-                    run = _Run(optuna, opened, evaluator, EFFORT[effort], seed, progress)
-                    result, interrupted = run.problem(space, title, name, trials, missing)
+                    name = study_name(gpu, device, space, (key or {}).get(space.op, ""))
+                    known = {**(facts or {}), "gpu": gpu, "device": asdict(device)}
+                    run = _Run(
+                        optuna,
+                        opened,
+                        evaluator,
+                        EFFORT[effort],
+                        seed,
+                        sampler,
+                        lease,
+                        progress,
+                        clock,
+                        GPUS[gpu] if elsewhere else None,
+                    )
+                    result, interrupted = run.problem(space, title, name, trials, missing, known)
                     results.append(result)
                     if interrupted:
                         break
@@ -476,7 +530,8 @@ def run_study(
     finally:
         progress.end()
         evaluator.close()
-    return Report(tuple(results), device, interrupted)
+    wall = time.monotonic() - started
+    return Report(tuple(results), device, interrupted, wall, clock.held)
 
 
 @dataclass(frozen=True)
@@ -488,7 +543,11 @@ class _Run:
     evaluator: Evaluator
     effort: Effort
     seed: int
+    sampler: str
+    lease: float
     progress: Progress
+    clock: _Clock
+    meant: GpuSpec | None = None
 
     def problem(
         self,
@@ -497,51 +556,59 @@ class _Run:
         name: str,
         trials: int | None,
         missing: Callable[[Problem, Config], str | None] | None,
+        facts: Mapping[str, Any],
     ) -> tuple[Result, bool]:
         """The result for one problem, and whether Ctrl-C ended it."""
         problem = space.problem
         reasons = {c: missing(problem, c) if missing else None for c in space.configs}
         left_out = {c: reason for c, reason in reasons.items() if reason}
-        usable = Space(problem, space.default, tuple(c for c in space.configs if not reasons[c]))
+        configs = tuple(c for c in space.configs if not reasons[c])
+        warm = sum(c in configs for c in space.configs[: space.warm])
+        usable = replace(space, configs=configs, warm=warm)
         exhaustive, planned = _plan(usable, self.effort, trials)
-        try:
-            study = self.optuna.create_study(
-                study_name=name,
-                storage=self.storage,
-                sampler=_sampler(self.optuna, exhaustive, self.seed),
-                direction="minimize",
-                load_if_exists=True,
-            )
-        except Exception as error:
-            raise StudyError(f"the study journal is broken ({error})") from None
+        board = Board(self.optuna, self.storage, name, self.lease)
         work = _ProblemStudy(
+            self.optuna,
             usable,
             self.evaluator,
             self.effort,
-            study,
-            _distributions(self.optuna, space),
-            exhaustive,
+            board,
+            lambda: Board(self.optuna, self.storage, f"{name}|{FINALS}", self.lease),
             planned,
+            None if exhaustive else Proposer(self.optuna, usable, self.sampler, self.seed),
             self.progress,
+            self.clock,
+            (lambda c: predicted_us(problem, c, meant)) if (meant := self.meant) else None,
         )
-        work.restore()
         choice: Choice | None = None
         trouble, interrupted = "", False
         try:
+            board.describe(
+                **facts,
+                problem=problem_to_dict(problem),
+                op=space.op.value,
+                default=space.default.slug,
+                incumbent=space.incumbent.slug if space.incumbent else None,
+                planned=planned,
+                left_out=_counted(left_out),
+            )
+            work.refresh()
             self.progress.begin(title, planned, len(work.outcomes))
-            if exhaustive:
-                work.try_all()
-            else:
-                with _one_thread():
-                    work.search()
+            work._shown = len(work.outcomes)
+            with one_thread() if not exhaustive else contextlib.nullcontext():
+                work.run()
             choice = work.compare()
         except KeyboardInterrupt:
             interrupted = True
         except GlacError as failure:
             trouble = failure.message
             self.progress.note(f"{title}: {trouble}")
+        except Exception as failure:
+            raise _storage_failure(self.optuna, failure) from failure
+        finally:
+            board.close()
         if choice is None:
-            choice = _decide_from_outcomes(space.default, work.outcomes)
+            choice = _decide_from_outcomes(space.default, work.outcomes, space.incumbent)
         result = Result(
             problem,
             space.default,
@@ -553,3 +620,20 @@ class _Run:
             trouble,
         )
         return result, interrupted
+
+
+def _counted(left_out: Mapping[Config, str]) -> dict[str, int]:
+    """How many configs were left out for each kind of reason."""
+    return dict(Counter(reason_kind(reason) for reason in left_out.values()))
+
+
+def _storage_failure(optuna: Any, failure: Exception) -> Exception:
+    """A storage that went away as an error with a remedy; our own mistakes as they are."""
+    module = type(failure).__module__.partition(".")[0]
+    if module in ("optuna", "grpc", "sqlalchemy", "psycopg") or isinstance(failure, OSError):
+        reason = " ".join(str(failure).split())[:200]
+        return StudyError(
+            f"the study storage failed ({type(failure).__name__}: {reason})",
+            hint="what was measured is kept there; the same command goes on",
+        )
+    return failure

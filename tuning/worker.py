@@ -35,18 +35,23 @@ from glac.errors import GlacError, StudyError
 from glac.problem import Op, Problem, Specialisation
 from glac.tuning.evaluate import (
     CRASHED,
+    DEADLY,
     ERROR,
     HUNG,
+    OUT_OF_MEMORY,
     Device,
     Effort,
     Outcome,
     Yardstick,
+    failure_status,
 )
 
 CUDA_SESSION = "glac.tuning.worker:cuda_session"
 """Factory of the session that measures on a CUDA device."""
 _MAX_LINE = 1 << 24
 _STARTS = 3
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
+"""No kernel ends its process so: somebody did, or the kernel of a machine without memory left."""
 _REASON = 300
 
 
@@ -103,6 +108,7 @@ class CudaSession:
         self._effort = Effort(**effort)
         self._seed = seed
         self._checker: Any = None
+        self._clock: Any = None
 
     def device(self) -> Device:
         props = self._torch.cuda.get_device_properties(self._index)
@@ -117,10 +123,14 @@ class CudaSession:
 
     def prepare(self, problem: Problem, op: Op) -> Yardstick:
         from glac.tuning.checks import Checker
+        from glac.tuning.clocks import ClockReader
         from glac.tuning.timing import CudaStopwatch
 
         self._checker = None
         self._torch.cuda.empty_cache()
+        if self._clock is None:
+            uuid = getattr(self._torch.cuda.get_device_properties(self._index), "uuid", "")
+            self._clock = ClockReader(str(uuid))
         self._checker = Checker(
             problem,
             self._torch.device("cuda", self._index),
@@ -129,6 +139,7 @@ class CudaSession:
             self._effort,
             self._seed,
             op,
+            self._clock.read,
         )
         yardstick: Yardstick = self._checker.yardstick
         return yardstick
@@ -202,11 +213,12 @@ def _answer(session: Session, request: Mapping[str, Any]) -> tuple[Any, bool]:
         return session.evaluate(config, request["best_us"]).to_dict(), False
     except Exception as error:
         healthy = session.healthy()
-        status = ERROR if healthy else CRASHED
-        return Outcome(status, reason=_one_line(error)).to_dict(), not healthy
+        reason = _one_line(error)
+        status = failure_status(reason, ERROR if healthy else CRASHED)
+        return Outcome(status, reason=reason).to_dict(), not healthy
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """End when the parent is gone, even in the middle of a kernel that never ends."""
     while os.getppid() == parent:
         time.sleep(1.0)
@@ -223,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
 
     def reply(message: Mapping[str, Any]) -> None:
         replies.write(json.dumps(message).encode() + b"\n")
@@ -289,6 +301,7 @@ class WorkerEvaluator:
         self._id = 0
         self._prepared: tuple[Problem, Op] | None = None
         self._yardstick: Yardstick | None = None
+        self._killed = self._aborted = False
         self.starts = 0
 
     def _start(self) -> None:
@@ -333,6 +346,8 @@ class WorkerEvaluator:
             if code < 0:
                 known = {s.value: s.name for s in signal.Signals}
                 how = f"died of {known.get(-code, f'signal {-code}')}"
+                if code in _FROM_OUTSIDE:
+                    self._killed = True
         text = ""
         if self._stderr:
             with contextlib.suppress(OSError, ValueError):
@@ -463,9 +478,20 @@ class WorkerEvaluator:
     def evaluate(self, config: Config, best_us: float | None) -> Outcome:
         """What becomes of a candidate; a dead or hung worker is an outcome too.
 
+        A worker that was killed from outside says nothing about the candidate, which is tried
+        again; if that goes on, the machine is out of memory.
+
         Raises:
             StudyError: the worker cannot be started again.
         """
+        for _ in range(_STARTS):
+            self._killed = False
+            outcome = self._evaluate(config, best_us)
+            if not self._killed or self._aborted:
+                return outcome
+        return Outcome(OUT_OF_MEMORY, reason=f"{_STARTS} times: {outcome.reason}"[:_REASON])
+
+    def _evaluate(self, config: Config, best_us: float | None) -> Outcome:
         self._ready()
         try:
             value = self._ask(
@@ -478,7 +504,7 @@ class WorkerEvaluator:
         except _Hung:
             return Outcome(HUNG, reason=f"no answer in {self._timeout:g} s")
         except _Died as error:
-            return Outcome(CRASHED, reason=str(error))
+            return Outcome(failure_status(str(error), CRASHED), reason=str(error))
         except _Refused as error:
             return Outcome(ERROR, reason=str(error))
         try:
@@ -486,7 +512,7 @@ class WorkerEvaluator:
         except ValueError as error:
             self._stop()
             return Outcome(CRASHED, reason=f"worker answered nonsense: {error}"[:_REASON])
-        if outcome.status == CRASHED:
+        if outcome.status in DEADLY:
             self._stop()
         return outcome
 
@@ -506,6 +532,13 @@ class WorkerEvaluator:
                 if len(times) == len(configs):
                     return times
         return [[] for _ in configs]
+
+    def abort(self) -> None:
+        """End the worker in the middle of what another thread asked of it."""
+        self._aborted = True
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def close(self) -> None:
         """End the worker."""

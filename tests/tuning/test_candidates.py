@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from glac.configs import ChunkKernelConfig, ForwardConfig
 from glac.errors import CompileError, GlacError, StudyError
 from glac.gpus import GPUS
 from glac.kernelspec import KernelSpec
+from glac.pack import Pack, read_pack
 from glac.problem import Op
 from glac.tuning import candidates as candidates_module
 from glac.tuning.candidates import (
+    TWINS,
     check_usable,
     compile_candidates,
     current_commit,
@@ -53,11 +56,13 @@ class Counting:
         self.names: list[str] = []
         compile_one = Worker.compile
 
-        def compile_counted(worker: Worker, kernel: KernelSpec) -> CompiledKernel | GlacError:
+        def compile_counted(
+            worker: Worker, kernel: KernelSpec, twin_arch: str = ""
+        ) -> CompiledKernel | GlacError:
             self.names.append(kernel.name)
             if getattr(kernel.config, "chunk", 0) == refuse:
                 return CompileError("needs 999999 bytes of shared memory,\nsm_90a has 232448")
-            return compile_one(worker, kernel)
+            return compile_one(worker, kernel, twin_arch)
 
         monkeypatch.setattr(Worker, "compile", compile_counted)
 
@@ -174,3 +179,65 @@ def test_problems_are_chosen_from_the_folder(tmp_path: Path) -> None:
     assert len(choose_spaces(made, [PROBLEM], GPU, "quick")[0].configs) >= 1
     with pytest.raises(StudyError, match="no candidates for backward"):
         choose_spaces(made, None, GPU, "standard", [Op.BACKWARD])
+
+
+def test_code_for_the_a100_has_a_twin_that_a_hopper_runs(tmp_path: Path) -> None:
+    """Same kernels and names; what is recorded is what ships, what is timed obeys A100 limits."""
+    a100 = GPUS["a100"]
+    tried = Space(PROBLEM, config(16), (config(16),))
+    made = compile_candidates([tried], a100, tmp_path / "c", 2)
+    assert made.twin
+    ships, timed = made.pack_for("sm_80"), made.pack_for("sm_90a")
+    assert ships == made.pack_path
+    assert timed is not None
+    assert made.pack_for("sm_90") is None
+    pack, twin = read_pack(ships), read_pack(timed)
+    assert pack.kernels.keys() == twin.kernels.keys()
+    for name in pack.kernels:
+        assert pack.read_cubin(name)[48] == 0x50, "the flags of an ELF file name its arch"
+        assert twin.read_cubin(name)[48] == 0x5A
+        assert twin.kernels[name].shared >= pack.kernels[name].shared
+    # Nothing is compiled again, and the twin is not lost on the way.
+    again = compile_candidates([tried], a100, tmp_path / "c", 2)
+    assert again == replace(made, commit=again.commit)
+    assert read_pack(timed).kernels == twin.kernels
+    hopper = compile_candidates([tried], GPU, tmp_path / "h", 2)
+    assert not hopper.twin
+    assert hopper.pack_for("sm_80") is None
+
+
+@pytest.mark.parametrize("shared", [0, 4096, 20480, 41984, 54000, 83968, 116736, 166912])
+def test_a_twin_shares_an_sm_with_as_many_blocks_as_on_the_a100(shared: int) -> None:
+    twin = TWINS["sm_80"]
+    padded = twin.padded(shared)
+    there = min(32, (164 << 10) // (shared + 1024))
+    here = min(32, (228 << 10) // (padded + 1024))
+    assert here == there
+    assert shared <= padded <= max(shared, GPUS["a100"].shared_per_block)
+
+
+def test_spills_beyond_two_kilobytes_are_not_timed_on_hopper(tmp_path: Path) -> None:
+    made = compile_candidates([Space(PROBLEM, config(16), (config(16),))], GPU, tmp_path / "c", 2)
+    pack = made.read_pack()
+    assert made.why_missing(PROBLEM, config(16), pack) is None
+
+    def spilled(size: int) -> Pack:
+        kernels = {n: replace(k, spill_bytes=size) for n, k in pack.kernels.items()}
+        return replace(pack, kernels=kernels)
+
+    assert made.why_missing(PROBLEM, config(16), spilled(2048)) is None
+    reason = made.why_missing(PROBLEM, config(16), spilled(2049))
+    assert reason is not None
+    assert "spills 2049 bytes" in reason
+
+
+def test_a_compiler_that_died_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = Space(PROBLEM, config(16), (config(16),))
+    with monkeypatch.context() as patch:
+        error = CompileError("the compiler died on gla_fwd (exit status -11)")
+        patch.setattr(Worker, "compile", lambda *_: error)
+        made = compile_candidates([tried], GPU, tmp_path / "c", 1)
+        assert list(made.failures.values()) == [error.message]
+    assert compile_candidates([tried], GPU, tmp_path / "c", 1).failures == {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +32,10 @@ from glac.reference import (
 )
 from glac.tuning import cases, checks
 from glac.tuning.checks import Checker
+from glac.tuning.clocks import Clock
 from glac.tuning.evaluate import NOT_REPEATABLE, OK, WRONG, Effort, Outcome
 from glac.tuning.space import make_problem
+from glac.tuning.stats import interval
 from glac.tuning.timing import HostStopwatch
 
 VECTOR = make_problem((2, 96, 2, 16, 24))
@@ -73,7 +77,7 @@ def checker(problem: Problem, spoil: Spoil | None = None) -> Checker:
     def load(spec: Specialisation, config: Config) -> Mapping[str, Kernel]:
         return {"gla_fwd": FakeKernel(spec, spoil)}
 
-    effort = Effort(samples=6, early=3)
+    effort = Effort(samples=6, early=3, most=6)
     return Checker(problem, torch.device("cpu"), load, HostStopwatch(), effort)
 
 
@@ -144,6 +148,67 @@ def test_a_ragged_tail_is_checked() -> None:
     outcome = judge(only(173, lambda o: o[:, 160:].zero_()))
     assert outcome.status == WRONG
     assert "T=173" in outcome.reason
+
+
+@pytest.mark.parametrize(("tokens", "name"), [(256, "even"), (7, "short")])
+def test_neighbouring_shapes_are_checked(tokens: int, name: str) -> None:
+    outcome = judge(only(tokens, lambda o: o[:, -3:].zero_()))
+    assert outcome.status == WRONG
+    assert f"{name}, T={tokens}" in outcome.reason
+
+
+class Recorded:
+    """A stopwatch that replays times."""
+
+    def __init__(self, times: list[float]) -> None:
+        self.times, self.taken = times, 0
+
+    def warm_up(self, fn: Callable[[], object]) -> None:
+        pass
+
+    def sample(self, fn: Callable[[], object], count: int) -> list[float]:
+        found = [self.times[(self.taken + i) % len(self.times)] for i in range(count)]
+        self.taken += count
+        return found
+
+
+@pytest.mark.parametrize(
+    ("times", "samples", "noisy"),
+    [
+        ([100.0, 100.5], 10, False),
+        ([95.0, 100.0, 105.0, 99.0, 100.0, 101.0, 100.0], 40, False),
+        ([80.0, 120.0], 40, True),
+    ],
+    ids=["steady", "steady in the long run", "never steady"],
+)
+def test_timing_goes_on_until_the_interval_is_narrow(
+    times: list[float], samples: int, noisy: bool
+) -> None:
+    def load(spec: Specialisation, config: Config) -> Mapping[str, Kernel]:
+        return {"gla_fwd": FakeKernel(spec, None)}
+
+    effort = Effort(samples=10, early=3, most=40)
+    clock = Clock(1980, "power cap")
+    fake = Checker(VECTOR, torch.device("cpu"), load, Recorded(times), effort, clock=lambda: clock)
+    outcome = fake.evaluate(WHOLE, None)
+    assert outcome.status == OK, outcome.reason
+    assert outcome.noisy is noisy
+    assert (outcome.samples > 10) is (samples > 10)
+    assert outcome.samples <= samples
+    assert (outcome.interval > effort.interval) is noisy
+    assert (outcome.clock_mhz, outcome.throttle) == (1980, "power cap")
+
+
+def test_the_interval_holds_the_median() -> None:
+    assert interval([1.0] * 5) == math.inf
+    assert interval([100.0] * 30) == 0.0
+    chance = random.Random(0)
+    inside = 0
+    for _ in range(400):
+        samples = [100.0 * math.exp(chance.gauss(0, 0.02)) for _ in range(25)]
+        width = interval(samples) * statistics.median(samples)
+        inside += abs(statistics.median(samples) - 100.0) <= width
+    assert inside >= 0.95 * 400
 
 
 @pytest.mark.parametrize("nth", [1, 9], ids=["before timing", "after timing"])
@@ -234,7 +299,7 @@ def gradients(
         torch.device("cpu"),
         lambda spec, config: {},
         HostStopwatch(),
-        Effort(samples=6, early=3),
+        Effort(samples=6, early=3, most=6),
         op=Op.BACKWARD,
     )
     assert 0 < checker.yardstick.error < 2e-2

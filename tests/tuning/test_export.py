@@ -16,6 +16,7 @@ from glac.errors import ConfigError, StudyError
 from glac.gpus import GPUS
 from glac.problem import Op
 from glac.tuned import dump_tuned, load_tuned
+from glac.tuning import fleet as fleet_module
 from glac.tuning import run as run_module
 from glac.tuning.candidates import Candidates, compile_candidates
 from glac.tuning.evaluate import Device, Outcome, ReplayEvaluator
@@ -153,8 +154,8 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
                 raise KeyboardInterrupt
             return super().evaluate(config, best_us)
 
-    monkeypatch.setattr(run_module, "WorkerEvaluator", lambda *_, **__: Device200(table))
-    monkeypatch.setattr(run_module, "check_measurable", lambda *_: None)
+    monkeypatch.setattr(fleet_module, "WorkerEvaluator", lambda *_, **__: Device200(table))
+    monkeypatch.setattr(run_module, "check_measurable", lambda *_: "sm_90a")
     return table
 
 

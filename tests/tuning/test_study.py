@@ -99,7 +99,7 @@ def test_failures_are_recorded_with_their_reason(tmp_path: Path) -> None:
 def _trials(storage: Path) -> list[Any]:
     backend = optuna.storages.journal.JournalFileBackend(str(storage))
     opened = optuna.storages.JournalStorage(backend)
-    (name,) = optuna.get_all_study_names(opened)
+    (name,) = (n for n in optuna.get_all_study_names(opened) if not n.endswith("|finals"))
     return list(optuna.load_study(study_name=name, storage=opened).trials)
 
 
@@ -185,17 +185,22 @@ def test_ctrl_c_keeps_the_best_and_the_next_run_goes_on(tmp_path: Path) -> None:
 
 
 SLOW_STUDY = """
-import sys, time
+import sys, threading
 from pathlib import Path
 import test_study_shared as shared
 from glac.tuning.evaluate import ReplayEvaluator
 from glac.tuning.study import run_study
 
+stopped = threading.Event()
+
 class Slow(ReplayEvaluator):
     def evaluate(self, config, best_us):
         print(len(self.calls), flush=True)
-        time.sleep(0.05 if len(self.calls) < 5 else 60)
+        stopped.wait(0.05 if len(self.calls) < 5 else 60)
         return super().evaluate(config, best_us)
+
+    def abort(self):
+        stopped.set()
 
 run_study([shared.TINY], Slow(shared.TABLE), Path(sys.argv[1]), gpu="h100")
 """
@@ -224,9 +229,6 @@ def test_a_killed_study_goes_on_where_it_ended(tmp_path: Path, how: signal.Signa
         assert process.stdout
         assert next(line for line in process.stdout if line.strip() == "5")
         time.sleep(0.1)
-        # While it runs, the journal is its own.
-        with pytest.raises(StudyError, match="another study"):
-            run(storage, times())
         process.send_signal(how)
         process.wait(timeout=30)
     with storage.open("ab") as file:
@@ -236,7 +238,7 @@ def test_a_killed_study_goes_on_where_it_ended(tmp_path: Path, how: signal.Signa
     assert report.results[0].complete
     states = [t.state.name for t in _trials(storage)]
     assert states.count("COMPLETE") == len(CONFIGS)
-    assert states.count("FAIL") == 1
+    assert 1 <= states.count("FAIL") <= 2, "what was tried, and what was taken meanwhile"
     assert "RUNNING" not in states
 
 
@@ -296,6 +298,45 @@ def test_the_default_stays_within_noise() -> None:
         other: [v / 2 for v in noisy[default]],
     }
     assert decide(default, clear).config == other
+
+
+def test_the_incumbent_stays_unless_it_is_clearly_beaten() -> None:
+    default, incumbent, other = CONFIGS[:3]
+    times: dict[Config, list[float]] = {
+        default: [120.0] * 5,
+        incumbent: [100.0] * 5,
+        other: [99.2] * 5,
+    }
+    kept = decide(default, times, incumbent=incumbent)
+    assert (kept.config, kept.us, kept.default_us) == (incumbent, 100.0, 120.0)
+    assert decide(default, times).config == other
+    beaten = decide(default, {**times, other: [98.0] * 5}, incumbent=incumbent)
+    assert beaten.config == other
+    failed = {c: row for c, row in times.items() if c != incumbent}
+    assert decide(default, failed, incumbent=incumbent).config == other
+
+
+def test_ties_on_another_device_are_ranked() -> None:
+    default, one, two, three = CONFIGS[:4]
+    times: dict[Config, list[float]] = {
+        default: [120.0] * 5,
+        one: [100.0] * 5,
+        two: [100.5] * 5,
+        three: [103.0] * 5,
+    }
+    ranks: dict[Config, float] = {default: 9.0, one: 3.0, two: 2.0, three: 1.0}
+    assert decide(default, times, rank=ranks.__getitem__).config == two
+    assert decide(default, times).config == one
+
+
+def test_a_row_that_serves_now_is_in_the_final(tmp_path: Path) -> None:
+    incumbent = CONFIGS[11]
+    table = times(**{CONFIGS[2].slug: 198.9, incumbent.slug: 200.0})
+    tried = Space(PROBLEM, DEFAULT, CONFIGS, incumbent)
+    report, _ = run(tmp_path / "s.journal", table, tried)
+    choice = report.results[0].choice
+    assert choice is not None
+    assert (choice.config, choice.default_us) == (incumbent, 205.0)
 
 
 def test_a_comparison_that_fails_falls_back_on_the_first_times(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from glac.configs import ChunkKernelConfig, ForwardConfig
 from glac.errors import StudyError
 from glac.problem import Op
-from glac.tuning.evaluate import CRASHED, ERROR, HUNG, OK, WRONG
+from glac.tuning.evaluate import CRASHED, ERROR, HUNG, ILLEGAL, OK, OUT_OF_MEMORY, WRONG
 from glac.tuning.space import Space, make_problem
 from glac.tuning.study import run_study
 from glac.tuning.worker import WorkerEvaluator, problem_from_dict, problem_to_dict
@@ -63,6 +63,8 @@ class Session:
                 os.abort()
             if what == 3:
                 time.sleep(3600)
+            if tag == 8:
+                raise MemoryError("CUDA out of memory. Tried to allocate 80 GiB")
             raise ValueError("cannot load")
         if config.fwd.chunk == 64:
             if what == 1:
@@ -139,7 +141,7 @@ def test_one_process_serves_many_requests(make_worker: MakeWorker) -> None:
     ("bad", "status", "reason"),
     [
         (config(32, 1), CRASHED, "exit status 3"),
-        (config(32, 2), CRASHED, "SIGABRT: CUDA error: an illegal memory access"),
+        (config(32, 2), ILLEGAL, "SIGABRT: CUDA error: an illegal memory access"),
         (config(32, 3), HUNG, "no answer in 1 s"),
         (config(64, 1), CRASHED, "nonsense"),
         (config(64, 2), CRASHED, "nonsense"),
@@ -163,6 +165,8 @@ def test_a_refused_candidate_costs_nothing(make_worker: MakeWorker) -> None:
     worker.prepare(PROBLEM, Op.FORWARD)
     assert worker.evaluate(config(32, 4), None).status == ERROR
     assert "cannot load" in worker.evaluate(config(32, 4), None).reason
+    starved = worker.evaluate(config(32, 4, warps=8), None)
+    assert (starved.status, "80 GiB" in starved.reason) == (OUT_OF_MEMORY, True)
     assert worker.evaluate(config(64, 4), None).status == WRONG
     assert worker.evaluate(config(128), None).status == ERROR
     assert worker.starts == 1
@@ -194,7 +198,8 @@ def test_a_study_survives_all_of_it(make_worker: MakeWorker, tmp_path: Path) -> 
     assert result.complete
     assert report.device.name == "fake"
     assert result.counts == {
-        "ok": 3, "crashed": 5, "hung": 1, "error": 1, "wrong": 1, "pruned": 0, "uncompiled": 0
+        "ok": 3, "crashed": 4, "illegal-access": 1, "hung": 1, "error": 1, "wrong": 1,
+        "pruned": 0, "uncompiled": 0,
     }  # fmt: skip
     assert result.choice is not None
     assert result.choice.config == good[0]
