@@ -224,8 +224,8 @@ def _wrong_manifests() -> Iterator[tuple[str, Any]]:
         lambda m: m["templates_sha256"].update(forward="A" * 64),
     )
     yield (
-        r"templates_sha256: unknown keys \['sideways'\]",
-        lambda m: m["templates_sha256"].update(sideways="a" * 64),
+        r"templates_sha256: unknown keys \['backward'\]",
+        lambda m: m["templates_sha256"].update(backward="a" * 64),
     )
     yield "missing keys .*'rows'", lambda m: m.pop("rows")
     yield "symbol: wanted an identifier", lambda m: fwd(m).update(symbol="a;b")
