@@ -169,12 +169,28 @@ def _planned_of(
     return borrowed or list(_default_rows(gpu, op)), relatives
 
 
-def _planned(gpu: GpuSpec, folder: Path | None) -> tuple[list[_Wanted], list[_Source]]:
+def _of_dtype(dtype: DType, row: _Wanted) -> _Wanted:
+    """A heuristic row for the same sizes in another element type."""
+    spec = replace(row.problem.spec, dtype=dtype, gate_dtype=dtype)
+    problem = replace(row.problem, spec=spec)
+    config = default_config(row.config.op, spec, row.gpu, problem.bucket)
+    return _Wanted(row.gpu, "heuristic", "", problem, config)
+
+
+def _planned(
+    gpu: GpuSpec, folder: Path | None, dtypes: Sequence[DType] | None = None
+) -> tuple[list[_Wanted], list[_Source]]:
     """The rows of a GPU before anything is compiled, and the files they come from."""
     rows: list[_Wanted] = []
     sources: list[_Source] = []
     for op in Op:
         of_op, files = _planned_of(gpu, op, folder)
+        if dtypes is not None:
+            chosen = [row for row in of_op if row.problem.spec.dtype in dtypes]
+            for dtype in dtypes:
+                if not any(row.problem.spec.dtype is dtype for row in chosen):
+                    chosen += [_of_dtype(dtype, row) for row in _default_rows(gpu, op)]
+            of_op = chosen
         rows += of_op
         sources += [(file, op) for file in files]
     return rows, sources
@@ -430,6 +446,7 @@ def build_packs(
     progress: Progress | None = None,
     configs_dir: Path | str | None = None,
     *,
+    dtypes: Sequence[DType] | None = None,
     zipped: bool = False,
     fresh: bool = False,
 ) -> list[BuildResult]:
@@ -444,6 +461,8 @@ def build_packs(
         jobs: kernels compiled at a time; one for each CPU if None.
         progress: called after each kernel, in the thread of the caller.
         configs_dir: folder of tuned files, instead of those that came with glac.
+        dtypes: element types to build for; one without tuned rows gets heuristic ones for the
+            standard problems. None takes the rows as they are.
         zipped: write ``out/<arch>.zip`` instead of folders.
         fresh: compile every kernel, whatever is there.
 
@@ -473,7 +492,7 @@ def build_packs(
         wanted: list[_Wanted] = []
         sources: list[_Source] = []
         for gpu in archs[arch]:
-            rows_of_gpu, files = _planned(gpu, folder)
+            rows_of_gpu, files = _planned(gpu, folder, dtypes)
             wanted += rows_of_gpu
             sources += (item for item in files if item not in sources)
         path = Path(out) / (f"{arch}.zip" if zipped else arch)
@@ -537,7 +556,7 @@ def build_single(
             pack.arch == gpu.arch
             and pack.glac == __version__
             and pack.toolchain == tools.to_dict()
-            and pack.templates_sha256 == templates_sha256([config.op])
+            and pack.templates_sha256 == templates_sha256(pack.templates_sha256)
         )
         if current and any(
             (row.gpu, row.spec, row.bucket, row.config)

@@ -416,6 +416,13 @@ def quickstart(out: Path | None, jobs: int | None, no_tune: bool, cpu: bool) -> 
 @click.option("--out", type=FOLDER, help="Folder of the packs [in the cache].")
 @click.option("--jobs", type=click.IntRange(min=1), help="Kernels compiled at a time [all CPUs].")
 @click.option("--configs", type=FOLDER, help="Folder of tuned YAML files [those shipped].")
+@click.option(
+    "--dtype",
+    "dtypes",
+    type=DTYPE_CHOICE,
+    multiple=True,
+    help="Repeatable; one that was not tuned gets heuristic rows [what was tuned, else bf16].",
+)
 @click.option("--zip", "zipped", is_flag=True, help="Write OUT/ARCH.zip instead of a folder.")
 @click.option(
     "--shipped", is_flag=True, help="Fill the installed package with zips for every listed GPU."
@@ -433,6 +440,7 @@ def build(
     out: Path | None,
     jobs: int | None,
     configs: Path | None,
+    dtypes: tuple[str, ...],
     zipped: bool,
     shipped: bool,
     fresh: bool,
@@ -440,14 +448,17 @@ def build(
 ) -> None:
     """Compile kernel packs from tuned configs; needs no GPU."""
     from glac.build import build_packs
+    from glac.problem import DType
     from glac.settings import load_settings, shipped_pack_dir
 
-    if shipped and (gpus or out or configs):
-        raise click.UsageError("--shipped has its own GPUs, folder and configs")
+    if shipped and (gpus or out or configs or dtypes):
+        raise click.UsageError("--shipped has its own GPUs, folder, configs and dtypes")
     if zipped and not out:
         raise click.UsageError("--zip needs --out: the cache holds folders")
     folder = shipped_pack_dir() if shipped else out or load_settings().build_dir
     names = sorted(GPUS) if shipped else list(dict.fromkeys(gpus or DEFAULT_BUILD))
+    if shipped:
+        configs = Path(__file__).parent / "tuned_configs"  # not what was tuned on this machine
 
     def on_kernel(done: int, total: int, name: str) -> None:
         progress(f"[{done}/{total}] {name}")
@@ -459,6 +470,7 @@ def build(
             jobs=jobs,
             progress=on_kernel,
             configs_dir=configs,
+            dtypes=[DType(name) for name in dict.fromkeys(dtypes)] or None,
             zipped=zipped or shipped,
             fresh=fresh,
         )

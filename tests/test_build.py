@@ -27,7 +27,7 @@ from glac.errors import CompileError, ConfigError, GlacError, MissingEnvironment
 from glac.gpus import GPUS
 from glac.kernelspec import KernelSpec
 from glac.pack import read_pack
-from glac.problem import Op, Problem
+from glac.problem import DType, Op, Problem
 from glac.templates import templates_sha256
 from glac.tuned import TunedFile, dump_tuned
 from tests.helpers_packs import (
@@ -361,6 +361,28 @@ def test_single_that_cannot_be(fake: FakeToolchain, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PackError, match="cannot be written"):
         build_single(TINY, GPUS["h100"], WHOLE, tmp_path / "file" / "p")
+
+
+@pytest.mark.parametrize("dtype", [DType.FP16, DType.FP32])
+def test_other_element_types(
+    fake: FakeToolchain, configs: Path, tmp_path: Path, dtype: DType
+) -> None:
+    def build_for(*dtypes: DType) -> set[tuple[DType, str]]:
+        (result,) = build_packs(
+            ["h100"], tmp_path / "out", configs_dir=configs, dtypes=dtypes, fresh=True
+        )
+        for row in result.pack.rows:
+            assert is_legal(row.spec, row.config, GPUS["h100"])
+            assert row.spec.gate_dtype is row.spec.dtype
+        counts = {op: sum(row.op is op for row in result.pack.rows) for op in Op}
+        assert counts[Op.FORWARD] >= 2
+        assert counts[Op.BACKWARD] == len(dtypes) * len(build.STANDARD_PROBLEMS)
+        return {(row.spec.dtype, row.source) for row in result.pack.rows if row.op is Op.FORWARD}
+
+    assert build_for(dtype) == {(dtype, "heuristic")}
+    assert build_for(DType.BF16) == {(DType.BF16, "tuned")}
+    both = {(DType.BF16, "tuned"), (dtype, "heuristic")}
+    assert build_for(DType.BF16, dtype) == both
 
 
 # A second build.

@@ -333,7 +333,7 @@ def test_build_of_what_ships(
     fake_compiler: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("glac.settings.shipped_pack_dir", lambda: tmp_path / "packs")
-    monkeypatch.setattr("glac.build.shipped", lambda name: None)
+    monkeypatch.setattr("glac.build.user_files", lambda name, folders: [])
     monkeypatch.setattr("glac.build.STANDARD_PROBLEMS", STANDARD_PROBLEMS[:1])
     packs = document(glac("build", "--shipped", "--json"))["data"]["packs"]
     assert [Path(pack["path"]).name for pack in packs] == ["sm_80.zip", "sm_90a.zip"]
@@ -573,7 +573,7 @@ def test_explain_says_why_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = document(glac(*words, "--json"))["data"]
     assert (forward["op"], backward["op"]) == ("forward", "backward")
     assert backward["floor_us"] > 1.5 * forward["floor_us"]
-    assert glac("explain", "1,64,1,257,64", "--gpu", "h100").exit_code == 1
+    assert glac("explain", "1,64,1,513,64", "--gpu", "h100").exit_code == 1
     monkeypatch.setenv("GLAC_REQUIRE_AOT", "1")
     refused = glac(*words, "--json")
     assert refused.exit_code == 1

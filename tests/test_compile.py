@@ -136,7 +136,7 @@ def test_sources_are_parsed_by_one_thread_at_a_time(
 
     monkeypatch.setattr(ast, "parse", counting)
     kernels = [
-        KernelSpec("gla_fwd_combine", SPEC, CombineKernelConfig(block), "sm_90a")
+        KernelSpec("gla_combine", SPEC, CombineKernelConfig(block), "sm_90a")
         for block in (256, 512, 1024, 2048)
     ]
     with ThreadPoolExecutor(4) as pool:

@@ -2,7 +2,9 @@
 
 Measured: importing glac, finding and reading the pack, loading the kernels, one call, one
 synchronise. Before that: torch imported, inputs on the GPU, one synchronise. With ``--backward``
-the first backward pass too; its kernels are loaded in a thread of autograd.
+the first backward pass too; its kernels are loaded in a thread of autograd. There PyTorch's own
+first backward pass comes before the clock starts: it imports 500 modules (sympy among them) when
+it is first given gradients, 300 to 700 ms that every process with a backward pass pays.
 
     GLAC_PACK_PATH=... python tests/gpu/cold_start.py [--lowrank] [--backward] [--sizes B T H K V]
 
@@ -44,6 +46,8 @@ def main() -> int:
         gate = [-draw(B, T, H, K).abs() / 16]
     leaves = [t.requires_grad_(options.backward) for t in (q, k, v, *gate)]
     do = draw(B, T, H, V)
+    if options.backward:
+        torch.autograd.grad(2 * v, [v], do)
     torch.cuda.synchronize()
 
     start = time.perf_counter()
