@@ -19,7 +19,15 @@ from typing import Any, Literal, overload
 
 import torch
 
-from glac.configs import BackwardConfig, Config, ForwardConfig, default_config
+from glac.configs import (
+    BackwardConfig,
+    Config,
+    DecodeConfig,
+    ForwardConfig,
+    ScalarBackwardConfig,
+    ScalarForwardConfig,
+    default_config,
+)
 from glac.errors import GlacError, KernelNotFoundError, PackError
 from glac.gpus import ARCHS, GPUS, RELATIVES, GpuSpec, match_gpu
 from glac.pack import Pack, PackRow, read_pack
@@ -78,6 +86,14 @@ _stats = Stats()
 _served: dict[tuple[Op, Specialisation, Bucket, int], tuple[Decision, Kernels | None]] = {}
 
 
+_generation = 0
+
+
+def generation() -> int:
+    """Changes whenever decisions are forgotten: what was derived from them is then stale."""
+    return _generation
+
+
 def stats() -> Stats:
     """Counters of what dispatch did so far."""
     return Stats(dict(_stats.decisions), _stats.compiled)
@@ -85,7 +101,9 @@ def stats() -> Stats:
 
 def clear() -> None:
     """Forget every decision and pack listing, for example after a new pack was built."""
+    global _generation
     with _lock:
+        _generation += 1
         _served.clear()
         _stats.decisions.clear()
         _stats.compiled = 0
@@ -375,6 +393,24 @@ def resolve(
 def resolve(
     problem: Problem, device: int, op: Literal[Op.BACKWARD]
 ) -> tuple[Decision, Plan[BackwardConfig] | None]: ...
+
+
+@overload
+def resolve(
+    problem: Problem, device: int, op: Literal[Op.SCALAR_FORWARD]
+) -> tuple[Decision, Plan[ScalarForwardConfig] | None]: ...
+
+
+@overload
+def resolve(
+    problem: Problem, device: int, op: Literal[Op.SCALAR_BACKWARD]
+) -> tuple[Decision, Plan[ScalarBackwardConfig] | None]: ...
+
+
+@overload
+def resolve(
+    problem: Problem, device: int, op: Literal[Op.DECODE]
+) -> tuple[Decision, Plan[DecodeConfig] | None]: ...
 
 
 @overload

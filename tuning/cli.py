@@ -29,7 +29,13 @@ from glac.tuning.export import check_target
 from glac.tuning.progress import Progress, duration
 from glac.tuning.space import EFFORTS, SUITES, Space, make_problem, space
 
-_GPU_SECONDS = {Op.FORWARD: 0.15, Op.BACKWARD: 0.3}
+_GPU_SECONDS = {
+    Op.FORWARD: 0.15,
+    Op.BACKWARD: 0.3,
+    Op.SCALAR_FORWARD: 0.15,
+    Op.SCALAR_BACKWARD: 0.3,
+    Op.DECODE: 0.15,
+}
 """About what one candidate takes at standard effort: checks, repeats, timing."""
 
 
@@ -51,7 +57,7 @@ def _problems(
             raise click.UsageError(f"{alone[0]} goes with --shape; suites have their own")
         return list(SUITES[suite]) if suite else None
     kind = Gate(gate or ("lowrank" if rank else "vector"))
-    if kind is Gate.VECTOR and rank:
+    if kind is not Gate.LOWRANK and rank:
         raise click.UsageError("--rank goes with --gate lowrank")
     element = DType(dtype or "bf16")
     wide = DType.FP32 if gate_dtype == "fp32" else None
@@ -267,7 +273,12 @@ def tune_command(
         spaces = run.choose_spaces(loaded, problems, gpu, level, ops)
     else:
         wanted = problems or SUITES["standard"]
-        spaces = [space(problem, gpu, level, op) for problem in wanted for op in ops]
+        spaces = [
+            space(problem, gpu, level, op)
+            for problem in wanted
+            for op in (problem.ops if op_name == "both" else ops)
+            if op.serves(problem.spec.gate)
+        ]
     if dry_run:
         _dry_run(spaces, gpu, jobs)
         return

@@ -12,6 +12,9 @@ Backward, the three kernels one after the other, so that each list is short:
                                           stages 2 3 4, tma; with v only where a tile has all of K
     states, gradient of v                 as forward, without segments
 
+Scalar gate: the same tiles forward, each with the state either way round; backward a few of them
+for each kernel. Decoding: block_v and warps.
+
 Two filters make a list of candidates from it. Legality is ``glac.configs.why_illegal``. Pruning
 drops what cannot win, on grounds that are written beside each rule, so that a problem costs
 minutes of compilation and all that is left can be timed. Nothing here needs torch or a GPU.
@@ -32,8 +35,13 @@ from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
     Config,
+    DecodeConfig,
+    DecodeKernelConfig,
     ForwardConfig,
+    ScalarBackwardConfig,
+    ScalarForwardConfig,
     TileKernelConfig,
+    TurnedKernelConfig,
     default_config,
     grads_illegal,
     padded_k,
@@ -48,6 +56,8 @@ from glac.problem import DType, Gate, Op, Problem, Specialisation
 BLOCKS_V = (32, 64, 128, 256)
 GRADS_TRIED, WHOLE_TRIED, STATES_TRIED, DV_TRIED = 5, 4, 3, 8
 """Of a backward problem: gradient kernels without and with dv, states kernels, dv kernels."""
+SCALAR_STATES_TRIED = 3
+"""Of a backward problem with a scalar gate: states kernels for each gradient kernel."""
 SMALLEST_SEGMENT = 256
 LONG_SEQUENCE = 8192
 PROGRAMS_PER_SM = 2
@@ -109,12 +119,19 @@ def _suites() -> dict[str, tuple[Problem, ...]]:
         make_problem((1, 2048, 8, 128, 128), Gate.LOWRANK, 16),
         make_problem(SHAPES[3], Gate.LOWRANK, 16),
     )
+    scalar = tuple(make_problem(shape, Gate.SCALAR) for shape in SHAPES[:4])
+    wide_scalar = tuple(make_problem(s, Gate.SCALAR, gate_dtype=DType.FP32) for s in SHAPES[:2])
+    decode = tuple(
+        make_problem((32, 1, 16, width, width), gate)
+        for width in (64, 128)
+        for gate in (Gate.VECTOR, Gate.SCALAR)
+    )
     halves = (make_problem(SHAPES[1], dtype=DType.FP16), make_problem(SHAPES[0], dtype=DType.FP16))
-    standard = (*vector, *lowrank)
+    standard = (*vector, *lowrank, *scalar, *decode)
     return {
         "quick": (vector[1],),
         "standard": standard,
-        "full": (*standard, *more, *wide_gate, *ranks, *long_lowrank, *halves),
+        "full": (*standard, *more, *wide_gate, *wide_scalar, *ranks, *long_lowrank, *halves),
     }
 
 
@@ -312,6 +329,50 @@ def _backward_configs(
     return legal
 
 
+def _scalar_forward_configs(
+    problem: Problem, gpu: GpuSpec, default: ScalarForwardConfig
+) -> list[ScalarForwardConfig]:
+    """Tiles that hold the state in registers, each both ways round."""
+    spec = problem.spec
+    tiles = [t for t in _walks(spec, gpu) if t.block_v <= padded_v(spec)]
+    found = [
+        ScalarForwardConfig(TurnedKernelConfig(**tile.to_dict(), turned=turned))
+        for tile in tiles
+        for turned in (True, False)
+    ]
+    return [c for c in found if why_illegal(spec, c, gpu) is None and c != default]
+
+
+def _scalar_backward_configs(
+    problem: Problem, gpu: GpuSpec, default: ScalarBackwardConfig
+) -> list[ScalarBackwardConfig]:
+    """A few tiles for the gradients, without descriptors: each program would make nine of them,
+    and lives for one chunk (905 us instead of 496 at 16,2048,8,128,128); a few for the states."""
+    spec = problem.spec
+    found = []
+    for chunk, block_v, warps, stages in itertools.product(
+        (16, 32, 64), (32, 64, 128), (4, 8), (1, 2)
+    ):
+        grads = ChunkKernelConfig(chunk, block_v, warps, stages)
+        walks = [t for t in _walks(spec, gpu) if t.chunk == chunk][:SCALAR_STATES_TRIED]
+        found += [ScalarBackwardConfig(states, grads) for states in walks]
+    legal = [c for c in found if why_illegal(spec, c, gpu) is None and c != default]
+    return sorted(legal, key=lambda c: (abs(c.grads.chunk - 64), abs(c.grads.block_v - 64)))
+
+
+def _decode_configs(problem: Problem, gpu: GpuSpec, default: DecodeConfig) -> list[DecodeConfig]:
+    spec = problem.spec
+    tiles = itertools.product(BLOCKS_V, WARPS)
+    found = [DecodeConfig(DecodeKernelConfig(block_v, warps)) for block_v, warps in tiles]
+    return [
+        c
+        for c in found
+        if c != default
+        and why_illegal(spec, c, gpu) is None
+        and padded_k(spec) * c.decode.block_v // (32 * c.decode.num_warps) <= 128
+    ]
+
+
 def space(problem: Problem, gpu: GpuSpec, effort: str = "standard", op: Op = Op.FORWARD) -> Space:
     """The candidates for ``op`` of ``problem`` on ``gpu``, the most promising first.
 
@@ -332,7 +393,14 @@ def space(problem: Problem, gpu: GpuSpec, effort: str = "standard", op: Op = Op.
         forward = _forward_configs(problem, gpu, default)
         configs = _quick_forward(forward, default) if effort == "quick" else forward
     else:
-        configs = _backward_configs(problem, gpu, default)
+        if isinstance(default, BackwardConfig):
+            configs = _backward_configs(problem, gpu, default)
+        elif isinstance(default, ScalarForwardConfig):
+            configs = _scalar_forward_configs(problem, gpu, default)
+        elif isinstance(default, ScalarBackwardConfig):
+            configs = _scalar_backward_configs(problem, gpu, default)
+        else:
+            configs = _decode_configs(problem, gpu, default)
         if effort == "quick":
             configs = configs[: QUICK_CANDIDATES - 1]
     return Space(problem, default, (default, *configs))
@@ -344,6 +412,13 @@ def parameters(config: Config) -> dict[str, int | bool | str]:
         states = {f"states_{name}": value for name, value in config.states.to_dict().items()}
         values = config.dv.slug if config.dv else "with the others"
         return {**config.grads.to_dict(), **states, "values": values}
+    if isinstance(config, ScalarBackwardConfig):
+        states = {f"states_{name}": value for name, value in config.states.to_dict().items()}
+        return {**config.grads.to_dict(), **states}
+    if isinstance(config, ScalarForwardConfig):
+        return config.fwd.to_dict()
+    if isinstance(config, DecodeConfig):
+        return config.decode.to_dict()
     same = config.summary is None or config.summary == config.fwd
     return {
         **config.fwd.to_dict(),
@@ -369,6 +444,12 @@ def parameter_choices(space: Space) -> dict[str, tuple[int | bool | str, ...]]:
         walks = itertools.product(CHUNKS, ALL_BLOCKS_V, WARPS, STAGES, (False, True))
         values = ("with the others", *(ChunkKernelConfig(*walk).slug for walk in walks))
         return {**tile, "block_k": BLOCKS_K, "dv": (False, True), **states, "values": values}
+    if space.op is Op.SCALAR_FORWARD:
+        return {**tile, "turned": (False, True)}
+    if space.op is Op.SCALAR_BACKWARD:
+        return {**tile, **{f"states_{name}": values for name, values in tile.items()}}
+    if space.op is Op.DECODE:
+        return {name: tile[name] for name in ("block_v", "num_warps")}
     segments = {0, *(c.segment for c in space.configs if isinstance(c, ForwardConfig))}
     segments |= {1 << bits for bits in range(4, max(2048, space.problem.T).bit_length())}
     return {**tile, "segment": tuple(sorted(segments)), "summary": ("same", "other")}
