@@ -340,7 +340,8 @@ def _scalar_forward_configs(
         for tile in tiles
         for turned in (True, False)
     ]
-    return [c for c in found if why_illegal(spec, c, gpu) is None and c != default]
+    legal = [c for c in found if why_illegal(spec, c, gpu) is None and c != default]
+    return legal[: EXHAUSTIVE - 1]
 
 
 def _scalar_backward_configs(
