@@ -2,7 +2,8 @@
 
 Every implementation is called through its public function. ``op`` is ``forward``, with autograd
 off, or ``training``: a forward pass on inputs that require gradients, then ``torch.autograd.grad``
-with respect to all of them. What a row's numbers mean:
+with respect to all of them. ``decode`` is ``recurrent_gla`` from fp32 states to new ones. What a
+row's numbers mean:
 
     us          median device time of one call, replayed as a CUDA graph where it can be captured
     eager_us    median wall time of one call as a user makes it, from the call to the last result
@@ -53,12 +54,21 @@ Step = Callable[[], Mapping[str, Tensor]]
 """One call of an implementation, returning its results by name."""
 
 SCHEMA = 2
-PASSES: dict[str, tuple[Op, ...]] = {
-    "forward": (Op.FORWARD,),
-    "training": (Op.FORWARD, Op.BACKWARD),
-}
-"""What can be timed, and the passes of each."""
-OPS = tuple(PASSES)
+OPS = ("forward", "training")
+"""What a run times unless told otherwise."""
+ALL_OPS = (*OPS, "decode")
+"""What can be timed."""
+DECODE_SHAPES: tuple[Shape, ...] = ((32, 1, 16, 128, 128), (32, 1, 16, 64, 64))
+"""What ``decode`` times where no shape is given."""
+
+
+def passes(op: str, gate: Gate) -> tuple[Op, ...]:
+    """The ops of kernels that an op of ``ALL_OPS`` runs."""
+    if op == "decode":
+        return (Op.DECODE,)
+    return gate.passes if op == "training" else gate.passes[:1]
+
+
 IMPLS = ("glac", "fla", "fa2", "cudnn")
 
 _FLUSH_BYTES = 256 << 20  # several times the L2 cache of any listed GPU
@@ -136,11 +146,11 @@ def bench_problems(
 
     Args:
         shapes: those of the suite ``standard`` if None, with its gates if these are None too.
-        gates: of ``"vector"`` and ``"lowrank"``; the vector gate if None. Of a suite: which of
-            its problems are wanted; all if None.
+        gates: of ``"vector"``, ``"lowrank"`` and ``"scalar"``; the vector gate if None. Of a
+            suite: which of its problems are wanted; all if None.
         suite: of ``glac.suites.SUITES``.
         dtype: of q, k, v and of the low-rank gate's tensors; bf16 if None.
-        gate_dtype: of a vector gate; ``dtype`` if None.
+        gate_dtype: of a dense gate; ``dtype`` if None.
         rank: of a low-rank gate; 16 if None.
 
     Raises:
@@ -463,7 +473,7 @@ class Work:
         from glac.testing import problem_inputs
 
         inputs = problem_inputs(self.problem, device=self.device, seed=self.seed)
-        gate = ("g",) if self.problem.spec.gate is Gate.VECTOR else ("x", "weight", "bias")
+        gate = ("x", "weight", "bias") if self.problem.spec.gate is Gate.LOWRANK else ("g",)
         return {name: getattr(inputs, name) for name in ("q", "k", "v", *gate)}
 
     @functools.cached_property
@@ -498,6 +508,13 @@ class Work:
         if self.problem.spec.gate is Gate.LOWRANK:
             with torch.enable_grad():
                 g = reference.lowrank_gate(*gate, num_heads=self.problem.H, normalizer=_NORMALIZER)
+        if op == "decode":
+            dense = g[..., None] if self.problem.spec.gate.is_scalar else g
+            return {"o": reference.decode_gla(q, k, v, dense, initial_state=self.states[:1])[0]}
+        if self.problem.spec.gate.is_scalar:
+            return self._scalar_reference(
+                op, exact, dict(zip("qkvg", (q, k, v, g), strict=True)), do
+            )
         if op == "forward":
             forward = reference.chunk_gla if exact else reference.yardstick_chunk_gla
             return {"o": forward(q, k, v, g)[0]}
@@ -507,6 +524,36 @@ class Work:
         dq, dk, dv, dg, _ = backward(q, k, v, g.detach(), do)
         gradients = (dq, dk, dv, *torch.autograd.grad(g, gate, dg))
         return {f"d{name}": gradient for name, gradient in zip(first, gradients, strict=True)}
+
+    def _scalar_reference(
+        self, op: str, exact: bool, inputs: dict[str, Tensor], do: Tensor
+    ) -> dict[str, Tensor]:
+        """``reference`` for a gate of one number per token and head."""
+        from glac import reference
+
+        q, k, v, g = (t.detach() for t in inputs.values())
+        dense = g[..., None].expand(q.shape)
+        if op == "forward":
+            o = (
+                reference.chunk_gla(q, k, v, dense)[0]
+                if exact
+                else reference.yardstick_scalar_gla(q, k, v, g)[0]
+            )
+            return {"o": o}
+        if exact:
+            dq, dk, dv, dg, _ = reference.chunk_gla_backward(q, k, v, dense, do)
+            dg = dg.sum(-1)
+        else:
+            dq, dk, dv, dg, _ = reference.yardstick_scalar_gla_backward(q, k, v, g, do)
+        return {"dq": dq, "dk": dk, "dv": dv, "dg": dg}
+
+    @functools.cached_property
+    def states(self) -> Tensor:
+        """Fp32 states for decoding."""
+        p, spec = self.problem, self.problem.spec
+        generator = torch.Generator(device=self.device).manual_seed(self.seed + 2)
+        size = (p.B, p.H, spec.K, spec.V)
+        return torch.randn(size, generator=generator, device=self.device)
 
     def truth(self, op: str) -> dict[str, Tensor]:
         """The fp64 results for batch element 0, computed once."""
@@ -576,7 +623,7 @@ class Call:
             do: Gradient of the output, in training; the problem's if None.
             between: Runs after the forward pass.
         """
-        if op == "forward":
+        if op != "training":
             tensors = tuple(self.tensors.values())
 
             def forward() -> dict[str, Tensor]:
@@ -599,7 +646,7 @@ class Call:
         return training
 
 
-def _glac(work: Work) -> Call:
+def _glac(work: Work, op: str = "forward") -> Call:
     ops: Any = importlib.import_module("glac.attention")
 
     def vector(*tensors: Tensor) -> Tensor:
@@ -608,6 +655,17 @@ def _glac(work: Work) -> Call:
 
     def lowrank(*tensors: Tensor) -> Tensor:
         o: Tensor = ops.chunk_gla_lowrank(*tensors, normalizer=_NORMALIZER)[0]
+        return o
+
+    def scalar(*tensors: Tensor) -> Tensor:
+        o: Tensor = ops.chunk_simple_gla(*tensors)[0]
+        return o
+
+    def decode(*tensors: Tensor) -> Tensor:
+        lowrank = work.problem.spec.gate is Gate.LOWRANK
+        fn = ops.recurrent_gla_lowrank if lowrank else ops.recurrent_gla
+        options = {"normalizer": _NORMALIZER} if lowrank else {}
+        o: Tensor = fn(*tensors, initial_state=work.states, output_final_state=True, **options)[0]
         return o
 
     def identify(op: Op) -> tuple[str | None, str | None, str]:
@@ -624,11 +682,21 @@ def _glac(work: Work) -> Call:
         sha = _text(getattr(served, "cubin_sha", None)) or None
         return _text(getattr(served, "config_id", None)), sha, note
 
-    fn = vector if work.problem.spec.gate is Gate.VECTOR else lowrank
+    kinds = {Gate.VECTOR: vector, Gate.LOWRANK: lowrank, Gate.SCALAR: scalar}
+    fn = decode if op == "decode" else kinds[work.problem.spec.gate]
     return Call(fn, work.tensors, work.do, identify=identify)
 
 
-def _fla(work: Work) -> Call:
+def _fla(work: Work, op: str = "forward") -> Call:
+    _only_chunks("fla", op)
+    if work.problem.spec.gate.is_scalar:
+        simple = _import_fla("simple_gla", "chunk_simple_gla")
+
+        def scalar(*tensors: Tensor) -> Tensor:
+            o: Tensor = simple(*tensors)[0]
+            return o
+
+        return Call(scalar, work.tensors, work.do, first=quick_autotune)
     chunk_gla = _import_fla()
 
     def vector(*tensors: Tensor) -> Tensor:
@@ -647,8 +715,14 @@ def _fla(work: Work) -> Call:
     return Call(lowrank, work.tensors, work.do, first=quick_autotune, notes=notes)
 
 
-def _sdpa(backend: str) -> Callable[[Work], Call]:
-    def build(work: Work) -> Call:
+def _only_chunks(impl: str, op: str) -> None:
+    if op == "decode":
+        raise GlacError(f"decoding is timed for glac alone, not for {impl}")
+
+
+def _sdpa(backend: str) -> Callable[..., Call]:
+    def build(work: Work, op: str = "forward") -> Call:
+        _only_chunks(backend, op)
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         q, k, v, do = work.attention
@@ -664,7 +738,7 @@ def _sdpa(backend: str) -> Callable[[Work], Call]:
     return build
 
 
-_BUILDERS: dict[str, Callable[[Work], Call]] = {
+_BUILDERS: dict[str, Callable[..., Call]] = {
     "glac": _glac,
     "fla": _fla,
     "fa2": _sdpa("FLASH_ATTENTION"),
@@ -672,8 +746,8 @@ _BUILDERS: dict[str, Callable[[Work], Call]] = {
 }
 
 
-def _import_fla() -> Any:
-    """fla's ``chunk_gla``.
+def _import_fla(room: str = "gla", name_of: str = "chunk_gla") -> Any:
+    """fla's ``chunk_gla``, or another of its operations.
 
     fla keeps tuning results on disk under keys that leave out the number of heads and, for some
     kernels, K and V: a config found for one shape would be used for another. It reads the switch
@@ -683,7 +757,7 @@ def _import_fla() -> Any:
     before = os.environ.get(name)
     os.environ[name] = "0"
     try:
-        return importlib.import_module("fla.ops.gla").chunk_gla
+        return getattr(importlib.import_module(f"fla.ops.{room}"), name_of)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "fla":
             raise
@@ -775,7 +849,7 @@ def _now() -> str:
 
 def _row(problem: Problem, op: str, impl: str, harness: Harness, **values: Any) -> Row:
     spec = problem.spec
-    moved = sum(problem.bytes(part) for part in PASSES[op])
+    moved = sum(problem.bytes(part) for part in passes(op, problem.spec.gate))
     known: dict[str, Any] = dict.fromkeys(COLUMNS)
     known.update(
         op=op,
@@ -831,7 +905,10 @@ def measure_memory(call: Call, op: str, memory: Memory) -> dict[str, float]:
 
 _IDENTITY = {
     Op.FORWARD: ("config_id", "cubin_sha"),
+    Op.SCALAR_FORWARD: ("config_id", "cubin_sha"),
+    Op.DECODE: ("config_id", "cubin_sha"),
     Op.BACKWARD: ("backward_config_id", "backward_cubin_sha"),
+    Op.SCALAR_BACKWARD: ("backward_config_id", "backward_cubin_sha"),
 }
 
 
@@ -842,7 +919,7 @@ def measure(impl: str, work: Work, harness: Harness, op: str = "forward") -> Row
     if harness.dead:
         return _row(work.problem, op, impl, harness, note=harness.dead)
     try:
-        call = _BUILDERS[impl](work)
+        call = _BUILDERS[impl](work, op)
         notes += call.notes
         step = call.step(op)
         with call.around(), torch.set_grad_enabled(op == "training"):
@@ -852,7 +929,7 @@ def measure(impl: str, work: Work, harness: Harness, op: str = "forward") -> Row
                 harness.clock.synchronize()
             if impl == "fla":
                 notes.append(f"first call {harness.clock.seconds() - start:.1f} s")
-            for part in PASSES[op]:
+            for part in passes(op, work.problem.spec.gate):
                 *identity, note = call.identify(part)
                 values.update(zip(_IDENTITY[part], identity, strict=True))
                 notes.append(note)
@@ -1034,9 +1111,9 @@ def run_bench(
 
     Args:
         shapes: (B, T, H, K, V) each; see :func:`bench_problems` for this and for what follows.
-        gates: ``"vector"``, ``"lowrank"``.
+        gates: ``"vector"``, ``"lowrank"``, ``"scalar"``.
         impls: Of ``IMPLS``, measured in this order.
-        ops: Of ``OPS``, each timed on every problem.
+        ops: Of ``ALL_OPS``, each timed on every problem.
         out: Results file; :func:`default_out` if None.
         suite: Of ``glac.suites.SUITES``.
         dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
@@ -1054,13 +1131,15 @@ def run_bench(
         ConfigError: an unknown op, implementation, suite, gate, dtype or shape.
         MissingEnvironmentError: there is no GPU, or the results cannot be written.
     """
-    for what, given, known in (("op", ops, OPS), ("implementation", impls, tuple(_BUILDERS))):
+    for what, given, known in (("op", ops, ALL_OPS), ("implementation", impls, tuple(_BUILDERS))):
         unknown = [name for name in given if name not in known]
         if unknown or not given:
             raise ConfigError(
                 f"unknown {what}s {unknown}" if unknown else f"no {what} to time",
                 hint=f"{what}s are {', '.join(known)}",
             )
+    if tuple(ops) == ("decode",) and suite is None:
+        shapes = shapes or DECODE_SHAPES
     problems = bench_problems(
         shapes, gates, suite=suite, dtype=dtype, gate_dtype=gate_dtype, rank=rank
     )

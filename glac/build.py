@@ -51,7 +51,16 @@ def _standard_problems() -> tuple[Problem, ...]:
         Problem(Specialisation(K, V, bf16, Gate.LOWRANK, bf16, rank=16), B, T, H)
         for B, T, H, K, V in sizes[:3]
     ]
-    return (*vector, *lowrank)
+    scalar = [
+        Problem(Specialisation(K, V, bf16, Gate.SCALAR, gate, rank=0), B, T, H)
+        for B, T, H, K, V in sizes[:4]
+        for gate in (bf16, DType.FP32)
+    ]
+    tokens = [
+        Problem(problem.spec, 32, 1, 16)
+        for problem in (vector[0], vector[1], lowrank[0], lowrank[1], *scalar[:4])
+    ]
+    return (*vector, *lowrank, *scalar, *tokens)
 
 
 STANDARD_PROBLEMS = _standard_problems()
@@ -152,8 +161,9 @@ def _borrowed_rows(gpu: GpuSpec, op: Op, relatives: Sequence[TunedFile]) -> Iter
 
 def _default_rows(gpu: GpuSpec, op: Op) -> Iterator[_Wanted]:
     for problem in STANDARD_PROBLEMS:
-        config = default_config(op, problem.spec, gpu, problem.bucket)
-        yield _Wanted(gpu, "heuristic", "", problem, config)
+        if op in problem.ops:
+            config = default_config(op, problem.spec, gpu, problem.bucket)
+            yield _Wanted(gpu, "heuristic", "", problem, config)
 
 
 def _planned_of(

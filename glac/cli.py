@@ -350,8 +350,8 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # not generic in cl
 
 GPU_CHOICE = click.Choice(sorted(GPUS), case_sensitive=False)
 DTYPE_CHOICE = click.Choice(["bf16", "fp16", "fp32"])
-GATE_CHOICE = click.Choice(["vector", "lowrank"])
-OP_CHOICE = click.Choice(["forward", "backward"])
+GATE_CHOICE = click.Choice(["vector", "lowrank", "scalar"])
+OP_CHOICE = click.Choice(["forward", "backward", "decode"])
 SUITE_CHOICE = click.Choice(sorted(SUITES))
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -551,10 +551,10 @@ def _pack_data(pack: Pack) -> dict[str, Any]:
 )
 @click.option(
     "--op",
-    type=click.Choice(["forward", "training", "both"]),
+    type=click.Choice(["forward", "training", "both", "decode"]),
     default="both",
     show_default=True,
-    help="What to time; training is forward and backward.",
+    help="What to time; training is forward and backward, decode is one state update.",
 )
 @click.option(
     "--impl",
@@ -564,7 +564,7 @@ def _pack_data(pack: Pack) -> dict[str, Any]:
     help="Repeatable [all].",
 )
 @click.option("--dtype", type=DTYPE_CHOICE, help="[bf16]")
-@click.option("--gate-dtype", type=DTYPE_CHOICE, help="Of a vector gate [as --dtype].")
+@click.option("--gate-dtype", type=DTYPE_CHOICE, help="Of a dense gate [as --dtype].")
 @click.option("--rank", type=int, help="Of a low-rank gate [16].")
 @click.option(
     "--out",
@@ -647,7 +647,10 @@ def explain(
     )
     problem = Problem(spec, B, T, H)
     target = GPUS[gpu] if gpu else _device_spec()
-    decision = decide(problem, target, Op(op))
+    wanted = Op(op)
+    if not wanted.serves(kind) and wanted in (Op.FORWARD, Op.BACKWARD):
+        wanted = kind.passes[wanted is Op.BACKWARD]
+    decision = decide(problem, target, wanted)
     emit(_decision_data(problem, target, decision), _decision_text(problem, target, decision))
 
 

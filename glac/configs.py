@@ -73,6 +73,40 @@ class ChunkKernelConfig(_KernelConfig):
 
 
 @dataclass(frozen=True, order=True)
+class TurnedKernelConfig(_KernelConfig):
+    """``ChunkKernelConfig`` of ``scalar_fwd``, whose state can lie in registers either way.
+
+    Attributes:
+        chunk, block_v, num_warps, num_stages, tma: as in ``ChunkKernelConfig``.
+        turned: keep the state as [V, K], so that it is a left operand from registers.
+    """
+
+    chunk: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    turned: bool = False
+
+    @property
+    def slug(self) -> str:
+        tma, turned = "_tma" if self.tma else "", "_turned" if self.turned else ""
+        return f"c{self.chunk}_bv{self.block_v}_w{self.num_warps}_s{self.num_stages}{tma}{turned}"
+
+
+@dataclass(frozen=True, order=True)
+class DecodeKernelConfig(_KernelConfig):
+    """Tile of ``gla_decode``: value channels and warps per program."""
+
+    block_v: int
+    num_warps: int
+
+    @property
+    def slug(self) -> str:
+        return f"bv{self.block_v}_w{self.num_warps}"
+
+
+@dataclass(frozen=True, order=True)
 class TileKernelConfig(_KernelConfig):
     """Tiles and schedule of a kernel that walks chunks with a tile of the state in each program.
 
@@ -140,7 +174,14 @@ class CombineKernelConfig(_KernelConfig):
         return f"b{self.block}_w{self.num_warps}"
 
 
-KernelConfig = ChunkKernelConfig | TileKernelConfig | ExactKernelConfig | CombineKernelConfig
+KernelConfig = (
+    ChunkKernelConfig
+    | TurnedKernelConfig
+    | DecodeKernelConfig
+    | TileKernelConfig
+    | ExactKernelConfig
+    | CombineKernelConfig
+)
 
 KERNEL_CONFIGS: dict[str, type[KernelConfig]] = {
     "gla_fwd": ChunkKernelConfig,
@@ -149,6 +190,10 @@ KERNEL_CONFIGS: dict[str, type[KernelConfig]] = {
     "gla_bwd_dv": ChunkKernelConfig,
     "gla_bwd": TileKernelConfig,
     "gla_bwd_exact": ExactKernelConfig,
+    "scalar_fwd": TurnedKernelConfig,
+    "scalar_bwd_states": ChunkKernelConfig,
+    "scalar_bwd": ChunkKernelConfig,
+    "gla_decode": DecodeKernelConfig,
 }
 """Which config each template takes."""
 
@@ -311,11 +356,135 @@ class BackwardConfig:
         )
 
 
-Config = ForwardConfig | BackwardConfig
+@dataclass(frozen=True)
+class ScalarForwardConfig:
+    """How one forward problem with a scalar gate runs: one kernel.
 
-CONFIGS: dict[Op, type[ForwardConfig] | type[BackwardConfig]] = {
+    Attributes:
+        op, MAIN, PARTS: as in ``ForwardConfig``.
+        fwd: the kernel.
+    """
+
+    op: ClassVar[Op] = Op.SCALAR_FORWARD
+    MAIN: ClassVar[str] = "scalar_fwd"
+    PARTS: ClassVar[Mapping[str, str]] = {"scalar_fwd": "fwd"}
+
+    fwd: TurnedKernelConfig
+
+    def kernels(self) -> dict[str, KernelConfig]:
+        """Template name to kernel config, in launch order."""
+        return {"scalar_fwd": self.fwd}
+
+    def with_part(self, part: str, kernel: Any) -> ScalarForwardConfig:
+        """This config with another kernel config in field ``part``."""
+        change: dict[str, Any] = {part: kernel}
+        return replace(self, **change)
+
+    @property
+    def slug(self) -> str:
+        return self.fwd.slug
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> ScalarForwardConfig:
+        d = strict_fields(cls, data, where)
+        return cls(TurnedKernelConfig.from_dict(d["fwd"], f"{where}.fwd"))
+
+
+@dataclass(frozen=True)
+class ScalarBackwardConfig:
+    """How one backward problem with a scalar gate runs.
+
+    Attributes:
+        op, MAIN, PARTS: as in ``ForwardConfig``.
+        states: the kernel that keeps the state at the start of each chunk, and the gradient of
+            the state at its end.
+        grads: the kernel that makes all gradients of a chunk; its chunk is that of ``states``.
+    """
+
+    op: ClassVar[Op] = Op.SCALAR_BACKWARD
+    MAIN: ClassVar[str] = "scalar_bwd"
+    PARTS: ClassVar[Mapping[str, str]] = {"scalar_bwd_states": "states", "scalar_bwd": "grads"}
+
+    states: ChunkKernelConfig
+    grads: ChunkKernelConfig
+
+    def kernels(self) -> dict[str, KernelConfig]:
+        """Template name to kernel config, in launch order."""
+        return {"scalar_bwd_states": self.states, "scalar_bwd": self.grads}
+
+    def with_part(self, part: str, kernel: Any) -> ScalarBackwardConfig:
+        """This config with another kernel config in field ``part``, and equal chunks."""
+        change: dict[str, Any] = {
+            "states": replace(self.states, chunk=kernel.chunk),
+            "grads": replace(self.grads, chunk=kernel.chunk),
+            part: kernel,
+        }
+        return replace(self, **change)
+
+    @property
+    def slug(self) -> str:
+        return f"{self.grads.slug}-st_{self.states.slug}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> ScalarBackwardConfig:
+        d = strict_fields(cls, data, where)
+        return cls(
+            ChunkKernelConfig.from_dict(d["states"], f"{where}.states"),
+            ChunkKernelConfig.from_dict(d["grads"], f"{where}.grads"),
+        )
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How decoding runs: one kernel.
+
+    Attributes:
+        op, MAIN, PARTS: as in ``ForwardConfig``.
+        decode: the kernel.
+    """
+
+    op: ClassVar[Op] = Op.DECODE
+    MAIN: ClassVar[str] = "gla_decode"
+    PARTS: ClassVar[Mapping[str, str]] = {"gla_decode": "decode"}
+
+    decode: DecodeKernelConfig
+
+    def kernels(self) -> dict[str, KernelConfig]:
+        """Template name to kernel config, in launch order."""
+        return {"gla_decode": self.decode}
+
+    def with_part(self, part: str, kernel: Any) -> DecodeConfig:
+        """This config with another kernel config in field ``part``."""
+        change: dict[str, Any] = {part: kernel}
+        return replace(self, **change)
+
+    @property
+    def slug(self) -> str:
+        return self.decode.slug
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> DecodeConfig:
+        d = strict_fields(cls, data, where)
+        return cls(DecodeKernelConfig.from_dict(d["decode"], f"{where}.decode"))
+
+
+Config = ForwardConfig | BackwardConfig | ScalarForwardConfig | ScalarBackwardConfig | DecodeConfig
+
+CONFIGS: dict[Op, type[Config]] = {
     Op.FORWARD: ForwardConfig,
     Op.BACKWARD: BackwardConfig,
+    Op.SCALAR_FORWARD: ScalarForwardConfig,
+    Op.SCALAR_BACKWARD: ScalarBackwardConfig,
+    Op.DECODE: DecodeConfig,
 }
 """Which config each op takes."""
 
@@ -358,7 +527,7 @@ def lesser_choices(config: KernelConfig, name: str) -> list[int]:
 
 def _why_illegal_kernel(
     spec: Specialisation,
-    config: ChunkKernelConfig | TileKernelConfig | ExactKernelConfig,
+    config: KernelConfig,
     gpu: GpuSpec,
     what: str,
 ) -> str | None:
@@ -371,19 +540,20 @@ def _why_illegal_kernel(
     block_k = values.get("block_k", padded_k(spec))
     if block_k > padded_k(spec):
         return f"{what}.block_k {block_k} exceeds K padded to {padded_k(spec)}"
-    if config.block_v > padded_v(spec):
-        return f"{what}.block_v {config.block_v} exceeds V padded to {padded_v(spec)}"
+    block_v = values["block_v"]
+    if block_v > padded_v(spec):
+        return f"{what}.block_v {block_v} exceeds V padded to {padded_v(spec)}"
     # The state tile alone; a thread has 255 registers.
-    state = block_k * config.block_v // (32 * config.num_warps)
+    state = block_k * block_v // (32 * config.num_warps)
     if state > MAX_STATE_REGISTERS:
-        return f"{what}: the [{block_k}, {config.block_v}] state needs {state} registers"
+        return f"{what}: the [{block_k}, {block_v}] state needs {state} registers"
     if values.get("tma"):
         if gpu.capability < (9, 0):
             return f"{what}.tma needs capability 9.0, {gpu.name} has {gpu.capability}"
         row_bytes = {
             "K": spec.K * spec.dtype.itemsize,
             "V": spec.V * spec.dtype.itemsize,
-            "gate": spec.K * spec.gate_dtype.itemsize,
+            "gate": 0 if spec.gate.is_scalar else spec.K * spec.gate_dtype.itemsize,
         }
         for name, size in row_bytes.items():
             if size % 16:
@@ -393,7 +563,7 @@ def _why_illegal_kernel(
 
 def _why_too_large(
     spec: Specialisation,
-    config: ChunkKernelConfig | TileKernelConfig,
+    config: ChunkKernelConfig | TurnedKernelConfig | TileKernelConfig,
     gpu: GpuSpec,
     what: str,
     k_tiles: int,
@@ -410,7 +580,7 @@ def _why_too_large(
         v_tiles: inputs with V channels.
     """
     block_k = config.block_k if isinstance(config, TileKernelConfig) else padded_k(spec)
-    gate = 0 if spec.gate is Gate.LOWRANK else block_k * spec.gate_dtype.itemsize
+    gate = block_k * spec.gate_dtype.itemsize if spec.gate is Gate.VECTOR else 0
     row = (k_tiles * block_k + v_tiles * config.block_v) * spec.dtype.itemsize + gate
     stages = max(1, config.num_stages - 1)
     if config.chunk * row * stages > gpu.shared_per_block:
@@ -423,7 +593,7 @@ def _why_too_large(
 
 def _why_illegal_walk(
     spec: Specialisation,
-    config: ChunkKernelConfig | TileKernelConfig,
+    config: ChunkKernelConfig | TurnedKernelConfig | TileKernelConfig,
     gpu: GpuSpec,
     what: str,
     k_tiles: int,
@@ -480,15 +650,33 @@ def _why_illegal_backward(
     return _segment_illegal(config.segment, config.chunk_step) if config.segment else None
 
 
+def _why_illegal_scalar_backward(
+    spec: Specialisation, config: ScalarBackwardConfig, gpu: GpuSpec
+) -> str | None:
+    reason = _why_illegal_walk(spec, config.states, gpu, "states", 1, 1)
+    reason = reason or _why_illegal_walk(spec, config.grads, gpu, "grads", 1, 2)
+    if reason is None and config.states.chunk != config.grads.chunk:
+        return f"states.chunk must be that of grads, {config.grads.chunk}"
+    return reason
+
+
 def why_illegal(spec: Specialisation, config: Config, gpu: GpuSpec) -> str | None:
     """Why ``config`` cannot serve ``spec`` on ``gpu``, or ``None`` if it can be tried.
 
     A legal config may still need more shared memory than there is; only compiling tells, and
     ``glac.compile`` refuses it then.
     """
+    if not config.op.serves(spec.gate):
+        return f"a {spec.gate.value} gate has no {config.op.value}"
     if isinstance(config, ForwardConfig):
         return _why_illegal_forward(spec, config, gpu)
-    return _why_illegal_backward(spec, config, gpu)
+    if isinstance(config, BackwardConfig):
+        return _why_illegal_backward(spec, config, gpu)
+    if isinstance(config, ScalarForwardConfig):
+        return _why_illegal_walk(spec, config.fwd, gpu, "fwd", 2, 1)
+    if isinstance(config, ScalarBackwardConfig):
+        return _why_illegal_scalar_backward(spec, config, gpu)
+    return _why_illegal_kernel(spec, config.decode, gpu, "decode")
 
 
 def is_legal(spec: Specialisation, config: Config, gpu: GpuSpec) -> bool:
@@ -556,8 +744,58 @@ def _default_segment(chunk: int, programs: int, bucket: Bucket, gpu: GpuSpec) ->
     return 0 if 2 * segment > tokens else segment
 
 
+def default_scalar_forward(spec: Specialisation, gpu: GpuSpec) -> ScalarForwardConfig:
+    """The forward config of a scalar gate where nothing was tuned."""
+    wide = spec.dtype is not DType.BF16
+    hopper = gpu.capability >= (9, 0)
+    bk, bv = padded_k(spec), padded_v(spec)
+    if hopper and not wide and bk <= 128:
+        # Measured on Hopper at K = V = 128: the whole V per program, the state turned.
+        block_v = min(bv, 128)
+        fast = TurnedKernelConfig(64, block_v, 8 if bk * block_v > 64 * 64 else 4, 3, turned=True)
+        aligned = spec.K % 8 == spec.V % 8 == 0
+        return ScalarForwardConfig(replace(fast, tma=True) if aligned else fast)
+    block_v = min(bv, 32 if wide and bk > 64 else 64)
+    warps = 8 if bk * block_v > 128 * 64 else 4
+    return ScalarForwardConfig(TurnedKernelConfig(32 if wide else 64, block_v, warps, 2))
+
+
+def default_scalar_backward(spec: Specialisation, gpu: GpuSpec) -> ScalarBackwardConfig:
+    """The backward config of a scalar gate where nothing was tuned."""
+    wide = spec.dtype is not DType.BF16
+    block_v = min(padded_v(spec), 32 if wide else 64)
+    chunk = 32 if wide else 64
+    walk = ChunkKernelConfig(chunk, block_v, 4 if padded_k(spec) <= 128 else 8, 2)
+    states = walk
+    if gpu.capability >= (9, 0) and not wide and padded_k(spec) <= 128:
+        # Measured on Hopper at K = V = 128. The gradients do without descriptors: a program would
+        # make nine of them and lives for one chunk.
+        tile = min(padded_v(spec), 128)
+        states = ChunkKernelConfig(chunk, tile, 8 if padded_k(spec) * tile > 64 * 64 else 4, 3)
+        if spec.K % 8 == spec.V % 8 == 0:
+            states = replace(states, tma=True)
+    return ScalarBackwardConfig(
+        states,
+        replace(walk, num_warps=8 if padded_k(spec) > 128 else 4, num_stages=1 if wide else 2),
+    )
+
+
+def default_decode(spec: Specialisation) -> DecodeConfig:
+    """The decode config where nothing was tuned: small tiles, many programs on an SM."""
+    block_v = min(padded_v(spec), 32)
+    # A low-rank gate also holds its [K, R] weight in registers.
+    wide = padded_k(spec) > 128 or spec.gate is Gate.LOWRANK
+    return DecodeConfig(DecodeKernelConfig(block_v, 4 if wide else 2))
+
+
 def default_config(op: Op, spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> Config:
     """The config used where nothing was tuned."""
     if op is Op.FORWARD:
         return default_forward(spec, gpu, bucket)
-    return default_backward(spec, gpu, bucket)
+    if op is Op.BACKWARD:
+        return default_backward(spec, gpu, bucket)
+    if op is Op.SCALAR_FORWARD:
+        return default_scalar_forward(spec, gpu)
+    if op is Op.SCALAR_BACKWARD:
+        return default_scalar_backward(spec, gpu)
+    return default_decode(spec)

@@ -19,7 +19,15 @@ from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from glac.configs import BackwardConfig, Config, ForwardConfig, default_config
+from glac.configs import (
+    BackwardConfig,
+    Config,
+    DecodeConfig,
+    ForwardConfig,
+    ScalarBackwardConfig,
+    ScalarForwardConfig,
+    default_config,
+)
 from glac.errors import GlacError, KernelNotFoundError, PackError
 from glac.fit import Device, check_fit, row_fits, runs_on
 from glac.gpus import ARCHS, GPUS, RELATIVES, GpuSpec, match_gpu
@@ -99,6 +107,12 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+_generation = 0
+
+
+def generation() -> int:
+    """Changes whenever decisions are forgotten: what was derived from them is then stale."""
+    return _generation
 
 
 def stats() -> Stats:
@@ -110,7 +124,9 @@ def stats() -> Stats:
 
 def clear() -> None:
     """Forget every decision and pack listing, for example after a new pack was built."""
+    global _generation
     with _lock:
+        _generation += 1
         _served.clear()
         bound.clear()
         _stats.decisions.clear()
@@ -450,6 +466,24 @@ def resolve(
 def resolve(
     problem: Problem, device: int, op: Literal[Op.BACKWARD]
 ) -> tuple[Decision, Plan[BackwardConfig] | None]: ...
+
+
+@overload
+def resolve(
+    problem: Problem, device: int, op: Literal[Op.SCALAR_FORWARD]
+) -> tuple[Decision, Plan[ScalarForwardConfig] | None]: ...
+
+
+@overload
+def resolve(
+    problem: Problem, device: int, op: Literal[Op.SCALAR_BACKWARD]
+) -> tuple[Decision, Plan[ScalarBackwardConfig] | None]: ...
+
+
+@overload
+def resolve(
+    problem: Problem, device: int, op: Literal[Op.DECODE]
+) -> tuple[Decision, Plan[DecodeConfig] | None]: ...
 
 
 @overload

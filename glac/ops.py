@@ -26,7 +26,7 @@ from glac.record import dataclass
 from glac.validate import check_lowrank, check_vector
 
 # The operators live as long as this object.
-_library: Any = torch.library.Library("glac", "DEF")  # type: ignore[no-untyped-call]
+library: Any = torch.library.Library("glac", "DEF")  # type: ignore[no-untyped-call]
 
 
 def wanted(needs: Sequence[bool], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -158,11 +158,11 @@ class _Family:
         forward, backward = f"{self.name}_fwd", f"{self.name}_bwd"
         numbers = f"{self.numbers}float scale"
         grads = ", ".join(f"Tensor {n}" for n in ("dq", "dk", "dv", *self.gradients, "dh0"))
-        _library.define(
+        library.define(
             f"{forward}({self.tensors}, {numbers}, bool output_final_state, int chunk_size)"
             " -> (Tensor o, Tensor final_state)"
         )
-        _library.define(
+        library.define(
             f"{backward}({self.tensors}, Tensor do, Tensor? dht, {numbers}, int chunk_size)"
             f" -> ({grads})"
         )
@@ -170,12 +170,12 @@ class _Family:
             (forward, self.forward, self.fake_forward),
             (backward, self.backward, self.fake_backward),
         ):
-            _library.impl(name, run, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"glac::{name}", fake, lib=_library)
+            library.impl(name, run, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"glac::{name}", fake, lib=library)
         torch.library.register_autograd(
-            f"glac::{forward}", self.differentiate, setup_context=self.save, lib=_library
+            f"glac::{forward}", self.differentiate, setup_context=self.save, lib=library
         )
-        torch.library.register_autograd(f"glac::{backward}", _refuse, lib=_library)
+        torch.library.register_autograd(f"glac::{backward}", _refuse, lib=library)
         return self.operator("fwd"), self.operator("bwd")
 
 

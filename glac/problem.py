@@ -19,6 +19,8 @@ from glac.record import dataclass
 MAX_K = 512
 MAX_V = 512
 LOWRANK_RANKS = (8, 16, 32, 64)
+DECODE_TOKENS = 16
+"""Up to so many tokens a problem stands for decoding, where one op of it has to be chosen."""
 
 
 class DType(str, Enum):
@@ -38,18 +40,43 @@ class Op(str, Enum):
 
     FORWARD = "forward"
     BACKWARD = "backward"
+    SCALAR_FORWARD = "scalar-forward"
+    SCALAR_BACKWARD = "scalar-backward"
+    DECODE = "decode"
 
     @property
     def order(self) -> int:
         """Place among the ops, for listings."""
         return list(Op).index(self)
 
+    def serves(self, gate: Gate) -> bool:
+        """Whether the op exists for a kind of gate."""
+        return self is Op.DECODE or gate.is_scalar == (
+            self in (Op.SCALAR_FORWARD, Op.SCALAR_BACKWARD)
+        )
+
 
 class Gate(str, Enum):
-    """How the forget gate arrives: a dense ``[B, T, H, K]`` tensor, or a low-rank product."""
+    """How the forget gate arrives: a dense ``[B, T, H, K]`` tensor, a low-rank product, or one
+    number per token and head.
+
+    A gate that is constant per head, or absent, is a scalar one with strides of 0.
+    """
 
     VECTOR = "vector"
     LOWRANK = "lowrank"
+    SCALAR = "scalar"
+
+    @property
+    def is_scalar(self) -> bool:
+        return self is Gate.SCALAR
+
+    @property
+    def passes(self) -> tuple[Op, Op]:
+        """The forward and the backward op of chunked attention with this gate."""
+        if self.is_scalar:
+            return Op.SCALAR_FORWARD, Op.SCALAR_BACKWARD
+        return Op.FORWARD, Op.BACKWARD
 
 
 def strict_fields(cls: type, data: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -110,8 +137,8 @@ class Specialisation:
             )
         if self.gate is Gate.LOWRANK and self.rank not in LOWRANK_RANKS:
             raise ConfigError(f"rank must be one of {LOWRANK_RANKS}, got {self.rank}")
-        if self.gate is Gate.VECTOR and self.rank != 0:
-            raise ConfigError(f"a vector gate has rank 0, got {self.rank}")
+        if self.gate is not Gate.LOWRANK and self.rank != 0:
+            raise ConfigError(f"a {self.gate.value} gate has rank 0, got {self.rank}")
 
     @property
     def slug(self) -> str:
@@ -207,19 +234,29 @@ class Problem:
         mean = max(1, self.B * self.T // self.sequences)
         return Bucket(_round_log2(self.sequences * self.H), _round_log2(mean))
 
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """What is tuned, and built untuned, of a problem: both passes, or decoding few tokens."""
+        return (Op.DECODE,) if self.T <= DECODE_TOKENS else self.spec.gate.passes
+
     def bytes(self, op: Op) -> int:
         """Bytes that ``op`` must move through memory: inputs read once, results written once.
 
         The forward pass reads q, k, v and the gate's inputs and writes o. The backward pass reads
         these inputs and do, and writes a gradient of each input's size. Neither counts states,
-        which are optional, nor what kernels keep for each other.
+        which are optional, nor what kernels keep for each other. Decoding also reads and writes
+        one fp32 state per sequence and head.
         """
         s = self.spec
         tokens = self.B * self.T
         keys = s.K * (self.H // self.q_group + self.H // self.k_group)
         inputs = (keys + s.V * self.state_heads) * s.dtype.itemsize * tokens + self._gate_bytes
         output = s.V * self.H * s.dtype.itemsize * tokens
-        return inputs + output if op is Op.FORWARD else 2 * inputs + output
+        if op is Op.DECODE:
+            states = 2 * self.sequences * self.state_heads * s.K * s.V * 4
+            return inputs + output + states
+        backward = op in (Op.BACKWARD, Op.SCALAR_BACKWARD)
+        return 2 * inputs + output if backward else inputs + output
 
     @property
     def tensor_bytes(self) -> dict[str, int]:
@@ -244,15 +281,16 @@ class Problem:
         """Of the dense gate, or of x, weight and bias."""
         s = self.spec
         heads = self.state_heads
-        if s.gate is Gate.VECTOR:
-            return self.B * self.T * heads * s.K * s.gate_dtype.itemsize
+        if s.gate is not Gate.LOWRANK:
+            width = 1 if s.gate.is_scalar else s.K
+            return self.B * self.T * heads * width * s.gate_dtype.itemsize
         per_head = (s.rank * s.dtype.itemsize + s.gate_dtype.itemsize) * s.K
         return self.B * self.T * s.rank * s.dtype.itemsize + heads * per_head
 
     @property
     def forward_bytes(self) -> int:
         """Bytes that a forward pass must move, see ``bytes``."""
-        return self.bytes(Op.FORWARD)
+        return self.bytes(self.spec.gate.passes[0])
 
     def __str__(self) -> str:
         return f"B={self.B} T={self.T} H={self.H} {self.spec.slug}"

@@ -4,7 +4,9 @@
     standard   what a first study tunes and `glac bench` times by default
     grid       the performance grid: ten shapes, each with a dense and a low-rank gate
     lengths    1K to 131K tokens per sequence, always 131072 tokens in all
-    full       standard, and more lengths, head counts, ranks and dtypes
+    scalar     four of the standard shapes with one gate per token and head
+    decode     one token for each of 32 sequences, with gates per channel and per head
+    full       all of these but grid and lengths, and more lengths, head counts, ranks and dtypes
 
 Nothing here needs torch.
 """
@@ -89,6 +91,13 @@ def _suites() -> dict[str, tuple[Problem, ...]]:
         make_problem((1, 2048, 8, 128, 128), Gate.LOWRANK, 16),
         make_problem(SHAPES[3], Gate.LOWRANK, 16),
     )
+    scalar = tuple(make_problem(shape, Gate.SCALAR) for shape in SHAPES[:4])
+    wide_scalar = tuple(make_problem(s, Gate.SCALAR, gate_dtype=DType.FP32) for s in SHAPES[:2])
+    decode = tuple(
+        make_problem((32, 1, 16, width, width), gate)
+        for width in (64, 128)
+        for gate in (Gate.VECTOR, Gate.SCALAR)
+    )
     halves = (make_problem(SHAPES[1], dtype=DType.FP16), make_problem(SHAPES[0], dtype=DType.FP16))
     standard = (*vector, *lowrank)
     return {
@@ -99,7 +108,12 @@ def _suites() -> dict[str, tuple[Problem, ...]]:
             *(make_problem(shape, Gate.LOWRANK, 16) for shape in GRID),
         ),
         "lengths": tuple(make_problem(shape) for shape in LENGTHS),
-        "full": (*standard, *more, *wide_gate, *ranks, *long_lowrank, *halves),
+        "scalar": scalar,
+        "decode": decode,
+        "full": (
+            *(*standard, *scalar, *decode, *more, *wide_gate, *wide_scalar),
+            *(*ranks, *long_lowrank, *halves),
+        ),
     }
 
 

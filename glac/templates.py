@@ -17,9 +17,11 @@ from glac.configs import (
     EXACT_ROWS,
     ChunkKernelConfig,
     CombineKernelConfig,
+    DecodeKernelConfig,
     ExactKernelConfig,
     KernelConfig,
     TileKernelConfig,
+    TurnedKernelConfig,
     padded_k,
 )
 from glac.problem import DType, Gate, Op, Specialisation
@@ -81,6 +83,9 @@ _BWD_ARGS = (
     f"{_STRIDES['do']} {_STRIDES['g']} {_X_STRIDES}"
 )
 
+_HEAD_GROUPS = "q_group:i32 k_group:i32 s_group:i32"
+_QKV_STRIDES = "q_b:i32 q_t:i32 q_h:i32 k_b:i32 k_t:i32 k_h:i32 v_b:i32 v_t:i32 v_h:i32"
+
 TEMPLATES: dict[str, Template] = {
     t.name: t
     for t in (
@@ -125,6 +130,47 @@ TEMPLATES: dict[str, Template] = {
             ),
             ("segments", "heads"),
         ),
+        Template(
+            "scalar_fwd",
+            _args(
+                "q:*io k:*io v:*io g:*gate cu:*i32 o:*io h0:*fp32 ht:*fp32 scale:fp32 T:i32 "
+                f"H:i32 {_HEAD_GROUPS} has_cu:i32 has_g:i32 has_h0:i32 has_ht:i32 {_QKV_STRIDES} "
+                "g_b:i32 g_t:i32 g_h:i32"
+            ),
+            ("heads",),
+        ),
+        Template(
+            "scalar_bwd_states",
+            _args(
+                "q:*io k:*io v:*io g:*gate do:*io cu:*i32 h0:*fp32 dht:*fp32 states:*state "
+                f"dstates:*state dh0:*fp32 scale:fp32 T:i32 H:i32 slots:i32 {_HEAD_GROUPS} "
+                f"has_cu:i32 has_g:i32 has_h0:i32 has_dht:i32 has_dh0:i32 {_QKV_STRIDES} "
+                "do_b:i32 do_t:i32 do_h:i32 g_b:i32 g_t:i32 g_h:i32"
+            ),
+            ("heads",),
+        ),
+        Template(
+            "scalar_bwd",
+            _args(
+                "q:*io k:*io v:*io g:*gate do:*io cu:*i32 states:*state dstates:*state dq:*io "
+                f"dk:*io dv:*io dg:*fp32 scale:fp32 T:i32 H:i32 N:i32 slots:i32 {_HEAD_GROUPS} "
+                f"has_cu:i32 has_g:i32 has_dg:i32 {_QKV_STRIDES} "
+                "do_b:i32 do_t:i32 do_h:i32 g_b:i32 g_t:i32 g_h:i32"
+            ),
+            ("heads", "slots"),
+        ),
+        Template(
+            "gla_decode",
+            _args(
+                "q:*io k:*io v:*io g:*gate x:*io w:*io bias:*gate from32:*fp32 from16:*bf16 "
+                "to32:*fp32 to16:*bf16 idx:*i32 cu:*i32 o:*io scale:fp32 inv_normalizer:fp32 "
+                f"clamp_log2:fp32 T:i32 H:i32 {_HEAD_GROUPS} n_slots:i32 idx_step:i32 has_cu:i32 "
+                "has_g:i32 state_in:i32 state_out:i32 in_place:i32 per_token:i32 has_bias:i32 "
+                f"{_QKV_STRIDES} g_b:i32 g_t:i32 g_h:i32 x_b:i32 x_t:i32 from_n:i32 from_h:i32 "
+                "to_n:i32 to_t:i32 to_h:i32"
+            ),
+            ("heads",),
+        ),
     )
 }
 
@@ -134,7 +180,16 @@ FORWARD = ("gla_fwd", "gla_states", "gla_combine")
 BACKWARD = ("gla_states", "gla_combine", "gla_bwd", "gla_bwd_exact", "gla_bwd_dv")
 """Templates of the backward pass."""
 
-OP_TEMPLATES: dict[Op, tuple[str, ...]] = {Op.FORWARD: FORWARD, Op.BACKWARD: BACKWARD}
+SCALAR_BACKWARD = ("scalar_bwd_states", "scalar_bwd")
+"""Templates of the backward pass with a scalar gate."""
+
+OP_TEMPLATES: dict[Op, tuple[str, ...]] = {
+    Op.FORWARD: FORWARD,
+    Op.BACKWARD: BACKWARD,
+    Op.SCALAR_FORWARD: ("scalar_fwd",),
+    Op.SCALAR_BACKWARD: SCALAR_BACKWARD,
+    Op.DECODE: ("gla_decode",),
+}
 """Templates of each op."""
 
 
@@ -171,6 +226,7 @@ POINTERS: dict[str, Callable[[Specialisation], str]] = {
     "*gate": lambda spec: spec.gate_dtype.value,
     "*state": lambda spec: state_dtype(spec).value,
     "*fp32": lambda spec: "fp32",
+    "*bf16": lambda spec: "bf16",
     "*i32": lambda spec: "i32",
 }
 """Kinds of pointers, and the element type of each."""
@@ -190,6 +246,9 @@ def stride_unit(dim: int) -> int:
 
 
 _WITHOUT = {
+    "scalar_fwd": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
+    "scalar_bwd_states": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
+    "scalar_bwd": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
     "gla_states": ("BX", "INTERPRETED"),
     "gla_bwd": ("BX", "INTERPRETED"),
     "gla_bwd_exact": ("INTERPRETED",),
@@ -201,12 +260,14 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
     """Compile-time constants of the kernel, by parameter name."""
     if isinstance(config, CombineKernelConfig):
         return {"K": spec.K, "V": spec.V, "BLOCK": config.block}
+    if isinstance(config, DecodeKernelConfig):
+        return _decode_constants(template, spec, config)
     lowrank = spec.gate is Gate.LOWRANK
     values: dict[str, Any] = {
         "K": spec.K,
         "V": spec.V,
         "R": spec.rank,
-        "BK": padded_k(spec) if isinstance(config, ChunkKernelConfig) else config.block_k,
+        "BK": getattr(config, "block_k", padded_k(spec)),
         "BR": max(16, spec.rank),
         "UK": stride_unit(spec.K),
         "UV": stride_unit(spec.V),
@@ -221,13 +282,39 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
     }
     if not isinstance(config, ExactKernelConfig):
         values.update(STAGES=config.num_stages, TMA=config.tma)
-    if not isinstance(config, ChunkKernelConfig):
+    if isinstance(config, TurnedKernelConfig):
+        values["TURNED"] = config.turned
+    elif not isinstance(config, ChunkKernelConfig):
         values["DV"] = config.dv
     for name in _WITHOUT.get(template, ()):
         del values[name]
+    return {**values, **_inactive(template, spec)}
+
+
+def _inactive(template: str, spec: Specialisation) -> dict[str, None]:
+    """What stands in for the parameters that do not exist at run time."""
     active = {a.name for a in active_args(template, spec)}
-    values.update({a.name: None for a in TEMPLATES[template].args if a.name not in active})
-    return values
+    return {a.name: None for a in TEMPLATES[template].args if a.name not in active}
+
+
+def _decode_constants(
+    template: str, spec: Specialisation, config: DecodeKernelConfig
+) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "K": spec.K,
+        "V": spec.V,
+        "R": spec.rank,
+        "BK": padded_k(spec),
+        "BR": max(16, spec.rank),
+        "UK": stride_unit(spec.K),
+        "UV": stride_unit(spec.V),
+        "UR": stride_unit(spec.rank) if spec.rank else 1,
+        "UH": stride_unit(spec.K * spec.V),
+        "BV": config.block_v,
+        "LOWRANK": spec.gate is Gate.LOWRANK,
+        "SCALAR": spec.gate.is_scalar,
+    }
+    return {**values, **_inactive(template, spec)}
 
 
 def tiles(template: str, spec: Specialisation, config: KernelConfig) -> int:
@@ -235,6 +322,10 @@ def tiles(template: str, spec: Specialisation, config: KernelConfig) -> int:
     if isinstance(config, CombineKernelConfig):
         return math.ceil(spec.K * spec.V / config.block)
     v_tiles = math.ceil(spec.V / config.block_v)
+    if template == "scalar_bwd":  # walks all V tiles of its chunk
+        return 1
+    if template == "scalar_bwd_states":
+        return 2 * v_tiles  # both directions
     if isinstance(config, TileKernelConfig | ExactKernelConfig):
         return math.ceil(spec.K / config.block_k) * v_tiles
     return v_tiles

@@ -36,7 +36,8 @@ class Inputs:
         q: Queries ``[B, T, H, K]``.
         k: Keys ``[B, T, H, K]``.
         v: Values ``[B, T, H, V]``.
-        g: Natural-log decay per step ``[B, T, H, K]``, for ``gate="vector"``.
+        g: Natural-log decay per step ``[B, T, H, K]`` for ``gate="vector"``, ``[B, T, H]`` for
+            ``gate="scalar"``.
         x: Low-rank gate activation ``[B, T, R]``, for ``gate="lowrank"``.
         weight: Gate projection ``[H*K, R]``, for ``gate="lowrank"``.
         bias: Gate bias ``[H*K]``, for ``gate="lowrank"``.
@@ -62,7 +63,7 @@ def make_inputs(
     *,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    gate: Literal["vector", "lowrank"] = "vector",
+    gate: Literal["vector", "lowrank", "scalar"] = "vector",
     gate_dtype: torch.dtype | None = None,
     rank: int = 16,
     seed: int = 0,
@@ -79,7 +80,7 @@ def make_inputs(
         V: Value channels per head.
         dtype: Of q, k, v, x, weight and bias.
         device: Where to draw.
-        gate: ``"vector"`` draws ``g``, ``"lowrank"`` draws ``x``, ``weight`` and ``bias``.
+        gate: ``"vector"`` and ``"scalar"`` draw ``g``, ``"lowrank"`` ``x``, ``weight``, ``bias``.
         gate_dtype: Of ``g``; ``dtype`` if None.
         rank: R of the low-rank gate.
         seed: Seed of the generator.
@@ -90,7 +91,7 @@ def make_inputs(
         The tensors, contiguous, requiring no gradient.
 
     Raises:
-        InputError: ``gate`` is neither kind.
+        InputError: ``gate`` is no such kind.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -105,12 +106,15 @@ def make_inputs(
     if gate == "vector":
         g = (F.logsigmoid(draw(B, T, H, K)) / gate_scale).to(gate_dtype or dtype)
         return Inputs(q, k, v, g=g, initial_state=state)
+    if gate == "scalar":
+        g = (F.logsigmoid(draw(B, T, H)) / gate_scale).to(gate_dtype or dtype)
+        return Inputs(q, k, v, g=g, initial_state=state)
     if gate == "lowrank":
         x = draw(B, T, rank).to(dtype)
         weight = (draw(H * K, rank) * 0.25).to(dtype)
         bias = draw(H * K).to(dtype)
         return Inputs(q, k, v, x=x, weight=weight, bias=bias, initial_state=state)
-    raise InputError(f"gate must be 'vector' or 'lowrank', got {gate!r}")
+    raise InputError(f"gate must be 'vector', 'scalar' or 'lowrank', got {gate!r}")
 
 
 def problem_inputs(

@@ -862,3 +862,25 @@ def test_warm_without_a_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert script("fla_warm").main(["--shape", "1,256,2,64,64"]) == 3
     assert "no CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gate", ["vector", "lowrank", "scalar"])
+@pytest.mark.parametrize("op", bench.ALL_OPS)
+def test_every_gate_and_op_runs_glac_itself(gate: str, op: str) -> None:
+    (problem,) = bench.bench_problems([(2, 33, 2, 16, 16)], [gate], dtype="fp32")
+    work = bench.Work(problem, torch.device("cpu"))
+    call = bench._BUILDERS["glac"](work, op)
+    with torch.set_grad_enabled(op == "training"):
+        results = call.step(op, work.do_first)()
+    errors = work.errors(op, results)
+    assert set(errors) == ({"o"} if op != "training" else {f"d{name}" for name in work.tensors})
+    assert max(errors.values()) < 1e-5
+    assert all(math.isfinite(e) for e in work.yardstick_errors(op).values())
+    assert len(bench.passes(op, problem.spec.gate)) == (2 if op == "training" else 1)
+
+
+def test_rivals_do_not_decode() -> None:
+    (problem,) = bench.bench_problems([(2, 1, 2, 16, 16)], ["scalar"])
+    row = bench.measure("fla", bench.Work(problem, torch.device("cpu")), harness(), "decode")
+    assert row.us is None
+    assert "not for fla" in row.note

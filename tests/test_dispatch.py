@@ -257,9 +257,12 @@ def test_a_miss_with_a_compiler_is_built(
 ) -> None:
     monkeypatch.setattr(dispatch, "can_build", lambda: True)
     install()
-    decision = dispatch.decide(PROBLEM, gpu, op)
+    problem = PROBLEM
+    if not op.serves(SPEC.gate):
+        problem = replace(problem, spec=replace(SPEC, gate=Gate.SCALAR))
+    decision = dispatch.decide(problem, gpu, op)
     assert decision.provider == "build"
-    assert decision.config == dispatch.miss_config(PROBLEM, gpu, op)
+    assert decision.config == dispatch.miss_config(problem, gpu, op)
     assert decision.config.op is op
     assert "compiled at first use" in decision.reason
 

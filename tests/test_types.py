@@ -27,10 +27,15 @@ from glac.configs import (
     ChunkKernelConfig,
     CombineKernelConfig,
     Config,
+    DecodeConfig,
+    DecodeKernelConfig,
     ExactKernelConfig,
     ForwardConfig,
     KernelConfig,
+    ScalarBackwardConfig,
+    ScalarForwardConfig,
     TileKernelConfig,
+    TurnedKernelConfig,
     config_from_dict,
     default_config,
     is_legal,
@@ -97,13 +102,29 @@ EXACT_CONFIGS = st.builds(
     st.sampled_from(WARPS),
     st.booleans(),
 )
+TURNED_CONFIGS = st.builds(
+    TurnedKernelConfig,
+    st.sampled_from(CHUNKS),
+    st.sampled_from(BLOCKS_V),
+    st.sampled_from(WARPS),
+    st.sampled_from(STAGES),
+    st.booleans(),
+    st.booleans(),
+)
+DECODE_CONFIGS = st.builds(DecodeKernelConfig, st.sampled_from(BLOCKS_V), st.sampled_from(WARPS))
 FORWARD_CONFIGS = st.builds(ForwardConfig, CHUNK_CONFIGS) | st.builds(
     ForwardConfig, CHUNK_CONFIGS, st.sampled_from([128, 256, 1024]), CHUNK_CONFIGS
 )
 BACKWARD_CONFIGS = st.builds(
     BackwardConfig, CHUNK_CONFIGS, TILE_CONFIGS, st.none() | CHUNK_CONFIGS
 )
-ALL_CONFIGS = FORWARD_CONFIGS | BACKWARD_CONFIGS
+ALL_CONFIGS = (
+    FORWARD_CONFIGS
+    | BACKWARD_CONFIGS
+    | st.builds(ScalarForwardConfig, TURNED_CONFIGS)
+    | st.builds(ScalarBackwardConfig, CHUNK_CONFIGS, CHUNK_CONFIGS)
+    | st.builds(DecodeConfig, DECODE_CONFIGS)
+)
 BUCKETS = st.builds(Bucket, st.integers(0, 30), st.integers(0, 30))
 JUNK = st.none() | st.booleans() | st.floats() | st.text() | st.lists(st.integers(), max_size=2)
 
@@ -136,6 +157,11 @@ STRICT: list[tuple[Any, Any]] = [
     (CombineKernelConfig, CombineKernelConfig()),
     (TileKernelConfig, BACKWARD.grads),
     (ExactKernelConfig, BACKWARD.exact),
+    (TurnedKernelConfig, TurnedKernelConfig(32, 128, 8, 3)),
+    (DecodeKernelConfig, DecodeKernelConfig(32, 2)),
+    (DecodeConfig, DecodeConfig(DecodeKernelConfig(32, 2))),
+    (ScalarForwardConfig, ScalarForwardConfig(TurnedKernelConfig(32, 128, 8, 3))),
+    (ScalarBackwardConfig, ScalarBackwardConfig(CONFIG.fwd, CONFIG.fwd)),
     (ForwardConfig, CONFIG),
     (BackwardConfig, BACKWARD),
     (KernelSpec, KernelSpec("gla_fwd", SPEC, CONFIG.fwd, "sm_90a")),
@@ -345,6 +371,7 @@ def test_shared_memory_differs_between_gpus() -> None:
 @pytest.mark.parametrize("op", list(Op))
 @hypothesis.given(specs(), st.sampled_from(sorted(GPUS)), BUCKETS)
 def test_default_is_legal(op: Op, spec: Specialisation, gpu: str, bucket: Bucket) -> None:
+    hypothesis.assume(op.serves(spec.gate))
     config = default_config(op, spec, GPUS[gpu], bucket)
     assert config.op is op
     assert isinstance(config, CONFIGS[op])
@@ -425,12 +452,15 @@ KERNEL_CONFIG_STRATEGIES: dict[type[KernelConfig], st.SearchStrategy[Any]] = {
     TileKernelConfig: TILE_CONFIGS,
     ExactKernelConfig: EXACT_CONFIGS,
     CombineKernelConfig: st.just(CombineKernelConfig()),
+    TurnedKernelConfig: TURNED_CONFIGS,
+    DecodeKernelConfig: DECODE_CONFIGS,
 }
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
 @hypothesis.given(specs(), st.data())
 def test_abi(name: str, spec: Specialisation, data: st.DataObject) -> None:
+    hypothesis.assume(template_ops(name)[0].serves(spec.gate))
     config = data.draw(KERNEL_CONFIG_STRATEGIES[KERNEL_CONFIGS[name]])
     kernel = KernelSpec(name, spec, config, "sm_90a")
     args = active_args(name, kernel.spec)
@@ -504,3 +534,24 @@ def test_template_sources_are_what_is_imported(
         path = tmp_path / "t" / f"{name}.py"
         path.write_text(path.read_text() + "# changed\n")
         assert sources_sha256(templates.FORWARD) != before
+
+
+@pytest.mark.parametrize("gate", list(Gate))
+def test_each_gate_has_its_ops(gate: Gate) -> None:
+    served = {op for op in Op if op.serves(gate)}
+    assert served == {*gate.passes, Op.DECODE}
+    spec = Specialisation(16, 16, DType.BF16, gate, DType.BF16, 16 * (gate is Gate.LOWRANK))
+    assert Problem(spec, 1, 1, 1).ops == (Op.DECODE,)
+    assert Problem(spec, 1, 2048, 1).ops == gate.passes
+    for op in set(Op) - served:
+        config = default_config(op, spec, H100, Bucket(0, 0))
+        assert "has no" in str(why_illegal(spec, config, H100))
+
+
+def test_a_scalar_backward_pass_has_one_chunk() -> None:
+    spec = Specialisation(16, 16, DType.BF16, Gate.SCALAR, DType.FP32)
+    tile = ChunkKernelConfig(32, 16, 4, 2)
+    config = ScalarBackwardConfig(tile, replace(tile, chunk=64))
+    assert "states.chunk" in str(why_illegal(spec, config, H100))
+    changed = config.with_part("grads", replace(tile, chunk=16))
+    assert why_illegal(spec, changed, H100) is None

@@ -16,18 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glac import decode, scalar
 from glac.backward import cut, run_backward
-from glac.configs import BackwardConfig, Config, ForwardConfig
+from glac.configs import BackwardConfig, Config, ForwardConfig, ScalarBackwardConfig
 from glac.forward import run_forward
-from glac.plan import GateInput, Plan
+from glac.heads import HeadGroups
+from glac.plan import LOG2E, STEP_MIN, GateInput, Plan
 from glac.problem import Gate, Op, Problem
 from glac.reference import (
     chunk_gla,
     chunk_gla_backward,
+    decode_gla,
     lowrank_gate,
     lowrank_gate_backward,
     yardstick_chunk_gla,
     yardstick_chunk_gla_backward,
+    yardstick_scalar_gla,
+    yardstick_scalar_gla_backward,
 )
 from glac.templates import state_dtype
 from glac.testing import Inputs, hard_gates, problem_inputs
@@ -240,6 +245,77 @@ class BackwardCase(Case):
         return held
 
 
+class ScalarForwardCase(Case):
+    """The forward pass with a scalar gate."""
+
+    @property
+    def tensors(self) -> scalar.ScalarInputs:
+        i = self.inputs
+        return scalar.ScalarInputs(i.q, i.k, i.v, i.g, i.initial_state)
+
+    def call(self, plan: Plan[Any]) -> dict[str, Tensor]:
+        with_state = "final state" in self.truth
+        o, end = scalar.run_forward(plan, HeadGroups(), self.tensors, self.scale, with_state)
+        return {"output": o} if end is None else {"output": o, "final state": end}
+
+    def buffers(self, config: Config) -> list[Buffer]:
+        return [(tuple(t.shape), self.inputs.q.dtype) for t in self.truth.values()]
+
+
+@dataclass(frozen=True)
+class ScalarBackwardCase(ScalarForwardCase):
+    """The backward pass with a scalar gate."""
+
+    do: Tensor
+    dht: Tensor | None
+
+    def call(self, plan: Plan[Any]) -> dict[str, Tensor]:
+        grads = scalar.run_backward(
+            plan,
+            HeadGroups(),
+            self.tensors,
+            self.scale,
+            self.do,
+            self.dht,
+            want_dg=True,
+            want_dh0="dh0" in self.truth,
+        )
+        named = zip(("dq", "dk", "dv", "dg", "dh0"), grads, strict=True)
+        return {name: value for name, value in named if value is not None}
+
+    def buffers(self, config: Config) -> list[Buffer]:
+        assert isinstance(config, ScalarBackwardConfig)
+        p, spec, dtype = self.problem, self.problem.spec, self.inputs.q.dtype
+        slots = p.B * math.ceil(p.T / config.grads.chunk)
+        kept = ((p.H, slots, spec.K, spec.V), TORCH_DTYPES[state_dtype(spec)])
+        held: list[Buffer] = [kept, kept]
+        for name, value in self.truth.items():
+            held.append((tuple(value.shape), torch.float32 if name in ("dg", "dh0") else dtype))
+        return held
+
+
+class DecodeCase(Case):
+    """A few tokens against fp32 states, into new states."""
+
+    def call(self, plan: Plan[Any]) -> dict[str, Tensor]:
+        i = self.inputs
+        gate = decode.Gated(i.g, i.x, i.weight, i.bias)
+        tensors = decode.DecodeInputs(i.q, i.k, i.v, gate, i.initial_state)
+        want = decode.Want(final=True)
+        numbers: tuple[float, ...] = (self.scale,)
+        if i.x is not None:
+            numbers = (self.scale, 1.0 / self.normalizer, STEP_MIN * LOG2E)
+        run = decode.launch(plan, HeadGroups(), tensors, want)
+        o, end = decode.run_launch(run, tensors, want, numbers)
+        assert end is not None
+        return {"output": o, "final state": end}
+
+    def buffers(self, config: Config) -> list[Buffer]:
+        dtypes = (self.inputs.q.dtype, torch.float32)
+        shapes = (tuple(t.shape) for t in self.truth.values())
+        return list(zip(shapes, dtypes, strict=True))
+
+
 def _gate_names(inputs: Inputs) -> tuple[str, ...]:
     return ("dg",) if inputs.g is not None else ("dx", "dweight", "dbias")
 
@@ -368,17 +444,109 @@ def _backward_case(
     return BackwardCase(problem, inputs, normalizer, truth.values, truth.yardstick, do=do, dht=dht)
 
 
+def _scalar_case(
+    problem: Problem, inputs: Inputs, normalizer: float, with_state: bool
+) -> ScalarForwardCase:
+    truth = _Truth(inputs.q.device)
+    assert inputs.g is not None
+    for b, h in slices(problem):
+        q, k, v, g = (x[b, :, h] for x in (inputs.q, inputs.k, inputs.v, inputs.g))
+        h0 = None if inputs.initial_state is None else inputs.initial_state[b, h]
+        o, end = chunk_gla(
+            q.double(),
+            k.double(),
+            v.double(),
+            g.double()[..., None].expand(q.shape),
+            initial_state=h0,
+            output_final_state=True,
+        )
+        near, near_end = yardstick_scalar_gla(
+            q, k, v, g, initial_state=h0, output_final_state=True
+        )
+        truth.add("output", tuple(inputs.v.shape), (b, slice(None), h), o, near)
+        if with_state:
+            assert end is not None
+            assert near_end is not None
+            size = (problem.B, problem.H, problem.spec.K, problem.spec.V)
+            truth.add("final state", size, (b, h), end, near_end)
+    return ScalarForwardCase(problem, inputs, normalizer, truth.values, truth.yardstick)
+
+
+def _scalar_backward_case(
+    problem: Problem, inputs: Inputs, normalizer: float, with_state: bool, seed: int
+) -> ScalarBackwardCase:
+    spec, device = problem.spec, inputs.q.device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    do = torch.randn(inputs.v.shape, generator=generator, device=device).to(inputs.v.dtype)
+    size = (problem.B, problem.H, spec.K, spec.V)
+    dht = torch.randn(size, generator=generator, device=device) if with_state else None
+    truth = _Truth(device)
+    assert inputs.g is not None
+    for b, h in slices(problem):
+        where: Index = (b, slice(None), h)
+        q, k, v, g, dout = (x[where] for x in (inputs.q, inputs.k, inputs.v, inputs.g, do))
+        h0 = None if inputs.initial_state is None else inputs.initial_state[b, h]
+        dend = None if dht is None else dht[b, h]
+        exact = chunk_gla_backward(
+            q.double(),
+            k.double(),
+            v.double(),
+            g.double()[..., None].expand(q.shape),
+            dout.double(),
+            initial_state=h0,
+            dht=dend,
+        )
+        near = yardstick_scalar_gla_backward(q, k, v, g, dout, initial_state=h0, dht=dend)
+        for name in ("dq", "dk", "dv"):
+            expected = getattr(exact, name)
+            shape = (problem.B, problem.T, problem.H, expected.shape[-1])
+            truth.add(name, shape, where, expected, getattr(near, name))
+        truth.add("dg", tuple(inputs.g.shape), where, exact.dg.sum(-1), near.dg)
+        if h0 is not None:
+            assert exact.dh0 is not None
+            assert near.dh0 is not None
+            truth.add("dh0", size, (b, h), exact.dh0, near.dh0)
+    return ScalarBackwardCase(
+        problem, inputs, normalizer, truth.values, truth.yardstick, do=do, dht=dht
+    )
+
+
+def _decode_case(problem: Problem, inputs: Inputs, normalizer: float) -> DecodeCase:
+    """Against fp64; the yardstick is the same loop in fp32, which is what the kernel computes."""
+    spec, i = problem.spec, inputs
+    truth = _Truth(i.q.device)
+    everything = slice(None)
+    if spec.gate.is_scalar:
+        assert i.g is not None
+        gate = i.g.double()[..., None]
+    else:
+        parts = _gate_slice(i, spec.K, everything, slice(0, problem.H), torch.float64)
+        gate = _gate_values(parts, problem.H, normalizer)
+    h0 = i.initial_state
+    o, end = decode_gla(i.q.double(), i.k.double(), i.v.double(), gate, initial_state=h0)
+    near, near_end = decode_gla(i.q, i.k, i.v, gate.float(), initial_state=h0)
+    truth.add("output", tuple(o.shape), (everything,), o, near)
+    truth.add("final state", tuple(end.shape), (everything,), end, near_end)
+    return DecodeCase(problem, inputs, normalizer, truth.values, truth.yardstick)
+
+
 def _make(
     op: Op, problem: Problem, inputs: Inputs, normalizer: float, with_state: bool, seed: int
 ) -> Case:
     if op is Op.FORWARD:
         return _forward_case(problem, inputs, normalizer, with_state)
-    return _backward_case(problem, inputs, normalizer, with_state, seed)
+    if op is Op.BACKWARD:
+        return _backward_case(problem, inputs, normalizer, with_state, seed)
+    if op is Op.SCALAR_FORWARD:
+        return _scalar_case(problem, inputs, normalizer, with_state)
+    if op is Op.SCALAR_BACKWARD:
+        return _scalar_backward_case(problem, inputs, normalizer, with_state, seed)
+    return _decode_case(problem, inputs, normalizer)
 
 
 def tuned_case(op: Op, problem: Problem, device: torch.device, seed: int) -> Case:
     """The tuned shape itself, without states."""
-    inputs = problem_inputs(problem, device=device, seed=seed)
+    inputs = problem_inputs(problem, device=device, seed=seed, initial_state=op is Op.DECODE)
     return _make(op, problem, inputs, _NORMALIZER, False, seed + 3)
 
 
@@ -390,13 +558,14 @@ def small_cases(
     small = Problem(spec, B=2, T=tokens, H=3)
     mild = problem_inputs(small, device=device, seed=seed + 1, initial_state=True)
     normalizer = _NORMALIZER
-    if spec.gate is Gate.VECTOR:
+    if spec.gate is not Gate.LOWRANK:
         gates = hard_gates(
-            (2, tokens, 3, spec.K),
+            (2, tokens, 3, 1 if spec.gate.is_scalar else spec.K),
             seed=seed + 2,
             device=device,
             dtype=TORCH_DTYPES[spec.gate_dtype],
         )
+        gates = gates[..., 0] if spec.gate.is_scalar else gates
         hard = replace(mild, g=gates)
     else:
         # Steep logits without a normalizer: gates from none to e^-50 and beyond.

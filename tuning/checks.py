@@ -20,7 +20,7 @@ from torch import Tensor
 from glac.configs import Config, ForwardConfig
 from glac.errors import GlacError
 from glac.plan import Kernel, Plan
-from glac.problem import DType, Op, Problem, Specialisation
+from glac.problem import DECODE_TOKENS, DType, Op, Problem, Specialisation
 from glac.tuning.cases import (
     RAGGED_TOKENS,
     Case,
@@ -95,6 +95,8 @@ class Checker:
         """Small cases at a length that is no multiple of any chunk or segment."""
         step = config.segment if isinstance(config, ForwardConfig) else 0
         tokens = max(RAGGED_TOKENS, 2 * step + 77 if step else 0)
+        if self._op is Op.DECODE:
+            tokens = DECODE_TOKENS
         if tokens not in self._small:
             self._small[tokens] = small_cases(
                 self._op, self._problem, tokens, self._device, self._seed
@@ -108,7 +110,8 @@ class Checker:
         budget = max(TIMES_YARDSTICK * yardstick, FLOOR[dtype])
         if small:  # the yardstick may be good by luck where there are few elements
             return max(budget, CEILING[dtype])
-        return min(budget, CEILING[dtype]) if self._op is Op.FORWARD else budget
+        forward = self._op in (Op.FORWARD, Op.SCALAR_FORWARD, Op.DECODE)
+        return min(budget, CEILING[dtype]) if forward else budget
 
     def _why_wrong(self, case: Case, name: str, error: Error, small: bool) -> str:
         """Why a result is refused, or nothing."""

@@ -44,7 +44,13 @@ from glac.tuning.storage import shown
 from glac.tuning.study import DEFAULT_SAMPLER
 from glac.tuning.warm import Winner, incumbent_row, warmed, winners
 
-_GPU_SECONDS = {Op.FORWARD: 0.15, Op.BACKWARD: 0.3}
+_GPU_SECONDS = {
+    Op.FORWARD: 0.15,
+    Op.BACKWARD: 0.3,
+    Op.SCALAR_FORWARD: 0.15,
+    Op.SCALAR_BACKWARD: 0.3,
+    Op.DECODE: 0.15,
+}
 """About what one candidate takes at standard effort: checks, repeats, timing."""
 
 
@@ -66,7 +72,7 @@ def _problems(
             raise click.UsageError(f"{alone[0]} goes with --shape; suites have their own")
         return list(SUITES[suite]) if suite else None
     kind = Gate(gate or ("lowrank" if rank else "vector"))
-    if kind is Gate.VECTOR and rank:
+    if kind is not Gate.LOWRANK and rank:
         raise click.UsageError("--rank goes with --gate lowrank")
     element = DType(dtype or "bf16")
     wide = DType.FP32 if gate_dtype == "fp32" else None
@@ -354,7 +360,12 @@ def tune_command(
         spaces = [_defended(item, gpu, target) for item in chosen]
     else:
         wanted = problems or SUITES["standard"]
-        spaces = [_started(problem, op, gpu, level, target) for problem in wanted for op in ops]
+        spaces = [
+            _started(problem, op, gpu, level, target)
+            for problem in wanted
+            for op in (problem.ops if op_name == "both" else ops)
+            if op.serves(problem.spec.gate)
+        ]
     if dry_run:
         _dry_run(spaces, gpu, jobs)
         return

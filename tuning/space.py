@@ -12,6 +12,9 @@ Backward, the three kernels one after the other, so that each list is short:
                                           stages 2 3 4, tma; with v only where a tile has all of K
     states, gradient of v                 as forward, without segments
 
+Scalar gate: the same tiles forward, each with the state either way round; backward a few of them
+for each kernel. Decoding: block_v and warps.
+
 Two filters make a list of candidates from it. Legality is ``glac.configs.why_illegal``. Pruning
 drops what cannot win, on grounds that are written beside each rule, so that a problem costs
 minutes of compilation and all that is left can be timed. Nothing here needs torch or a GPU.
@@ -31,8 +34,13 @@ from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
     Config,
+    DecodeConfig,
+    DecodeKernelConfig,
     ForwardConfig,
+    ScalarBackwardConfig,
+    ScalarForwardConfig,
     TileKernelConfig,
+    TurnedKernelConfig,
     default_config,
     grads_illegal,
     padded_k,
@@ -48,6 +56,8 @@ from glac.suites import make_problem as make_problem
 BLOCKS_V = (32, 64, 128, 256)
 GRADS_TRIED, WHOLE_TRIED, STATES_TRIED, DV_TRIED = 5, 4, 3, 8
 """Of a backward problem: gradient kernels without and with dv, states kernels, dv kernels."""
+SCALAR_STATES_TRIED = 3
+"""Of a backward problem with a scalar gate: states kernels for each gradient kernel."""
 SMALLEST_SEGMENT = 256
 LONG_SEQUENCE = 8192
 PROGRAMS_PER_SM = 2
@@ -253,6 +263,51 @@ def _backward_configs(
     return legal
 
 
+def _scalar_forward_configs(
+    problem: Problem, gpu: GpuSpec, default: ScalarForwardConfig
+) -> list[ScalarForwardConfig]:
+    """Tiles that hold the state in registers, each both ways round."""
+    spec = problem.spec
+    tiles = [t for t in _walks(spec, gpu) if t.block_v <= padded_v(spec)]
+    found = [
+        ScalarForwardConfig(TurnedKernelConfig(**tile.to_dict(), turned=turned))
+        for tile in tiles
+        for turned in (True, False)
+    ]
+    legal = [c for c in found if why_illegal(spec, c, gpu) is None and c != default]
+    return legal[: EXHAUSTIVE - 1]
+
+
+def _scalar_backward_configs(
+    problem: Problem, gpu: GpuSpec, default: ScalarBackwardConfig
+) -> list[ScalarBackwardConfig]:
+    """A few tiles for the gradients, without descriptors: each program would make nine of them,
+    and lives for one chunk (905 us instead of 496 at 16,2048,8,128,128); a few for the states."""
+    spec = problem.spec
+    found = []
+    for chunk, block_v, warps, stages in itertools.product(
+        (16, 32, 64), (32, 64, 128), (4, 8), (1, 2)
+    ):
+        grads = ChunkKernelConfig(chunk, block_v, warps, stages)
+        walks = [t for t in _walks(spec, gpu) if t.chunk == chunk][:SCALAR_STATES_TRIED]
+        found += [ScalarBackwardConfig(states, grads) for states in walks]
+    legal = [c for c in found if why_illegal(spec, c, gpu) is None and c != default]
+    return sorted(legal, key=lambda c: (abs(c.grads.chunk - 64), abs(c.grads.block_v - 64)))
+
+
+def _decode_configs(problem: Problem, gpu: GpuSpec, default: DecodeConfig) -> list[DecodeConfig]:
+    spec = problem.spec
+    tiles = itertools.product(BLOCKS_V, WARPS)
+    found = [DecodeConfig(DecodeKernelConfig(block_v, warps)) for block_v, warps in tiles]
+    return [
+        c
+        for c in found
+        if c != default
+        and why_illegal(spec, c, gpu) is None
+        and padded_k(spec) * c.decode.block_v // (32 * c.decode.num_warps) <= 128
+    ]
+
+
 def space(problem: Problem, gpu: GpuSpec, effort: str = "standard", op: Op = Op.FORWARD) -> Space:
     """The candidates for ``op`` of ``problem`` on ``gpu``, the most promising first.
 
@@ -273,7 +328,14 @@ def space(problem: Problem, gpu: GpuSpec, effort: str = "standard", op: Op = Op.
         forward = _forward_configs(problem, gpu, default)
         configs = _quick_forward(forward, default) if effort == "quick" else forward
     else:
-        configs = _backward_configs(problem, gpu, default)
+        if isinstance(default, BackwardConfig):
+            configs = _backward_configs(problem, gpu, default)
+        elif isinstance(default, ScalarForwardConfig):
+            configs = _scalar_forward_configs(problem, gpu, default)
+        elif isinstance(default, ScalarBackwardConfig):
+            configs = _scalar_backward_configs(problem, gpu, default)
+        else:
+            configs = _decode_configs(problem, gpu, default)
         if effort == "quick":
             configs = configs[: QUICK_CANDIDATES - 1]
     return Space(problem, default, (default, *configs))

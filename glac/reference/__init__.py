@@ -4,8 +4,8 @@
 
 ``recurrent_gla`` is the definition, ``chunk_gla`` the fast exact form and the fallback where no
 kernel fits, ``chunk_gla_backward`` its gradients without autograd, ``lowrank_gate`` the layer's
-gate, ``lowrank_gate_backward`` its gradients, ``yardstick_chunk_gla`` and
-``yardstick_chunk_gla_backward`` runs in kernel precision that set error budgets, and
+gate, ``lowrank_gate_backward`` its gradients, ``decode_gla`` a few tokens against stored
+states, the ``yardstick_`` functions runs in kernel precision that set error budgets, and
 ``relative_rms`` the error measure. Nothing here needs more than torch.
 """
 
@@ -15,19 +15,24 @@ from glac.reference.backward import (
     yardstick_chunk_gla_backward,
 )
 from glac.reference.chunked import chunk_gla
+from glac.reference.decode import decode_gla
 from glac.reference.error import relative_rms
 from glac.reference.gate import lowrank_gate, lowrank_gate_backward
 from glac.reference.recurrent import recurrent_gla
+from glac.reference.scalar import yardstick_scalar_gla, yardstick_scalar_gla_backward
 from glac.reference.yardstick import yardstick_chunk_gla
 
 __all__ = [
     "Gradients",
     "chunk_gla",
     "chunk_gla_backward",
+    "decode_gla",
     "lowrank_gate",
     "lowrank_gate_backward",
     "recurrent_gla",
     "relative_rms",
     "yardstick_chunk_gla",
     "yardstick_chunk_gla_backward",
+    "yardstick_scalar_gla",
+    "yardstick_scalar_gla_backward",
 ]

@@ -14,7 +14,7 @@ from glac import compile as compile_module
 from glac.configs import ChunkKernelConfig, Config, ForwardConfig
 from glac.errors import ConfigError, StudyError
 from glac.gpus import GPUS
-from glac.problem import Op
+from glac.problem import Gate, Op
 from glac.tuned import dump_tuned, load_tuned
 from glac.tuning import fleet as fleet_module
 from glac.tuning import run as run_module
@@ -239,6 +239,8 @@ def test_compile_only_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], op: Op
 ) -> None:
     words = ["--gpu", "h100", "--shape", "1,64,1,16,16", "--op", op.value, "--effort", "quick"]
+    gate = "vector" if op.serves(Gate.VECTOR) else "scalar"
+    words += ["--gate", gate]
     assert tune(*words, "--compile-only", tmp_path / "c", "--no-progress", "--json") == 0
     data = json.loads(capsys.readouterr().out)["data"]
     assert data["kernels"] + len(data["failures"]) == data["problems"][0]["kernels"]

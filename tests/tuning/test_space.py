@@ -28,7 +28,9 @@ from glac.tuning.space import (
     space,
 )
 
-PROBLEMS = SUITES["full"]
+PROBLEMS = tuple(p for p in SUITES["full"] if p.ops == (Op.FORWARD, Op.BACKWARD))
+STANDARD = tuple(p for p in SUITES["standard"] if p in PROBLEMS)
+OTHERS = tuple(p for p in SUITES["full"] if p not in PROBLEMS)
 ODD = tuple(
     make_problem(shape, dtype=dtype)
     for shape in ((1, 1, 1, 1, 1), (2, 100, 3, 40, 33), (1, 4096, 2, 256, 512), (3, 7, 5, 16, 16))
@@ -47,9 +49,11 @@ def backward(problem: Problem, gpu: str = "h100") -> list[BackwardConfig]:
 
 
 @pytest.mark.parametrize("op", list(Op))
-@pytest.mark.parametrize("problem", [*PROBLEMS, *ODD], ids=str)
+@pytest.mark.parametrize("problem", [*PROBLEMS, *OTHERS, *ODD], ids=str)
 @pytest.mark.parametrize("gpu", ["h100", "a100"])
 def test_candidates_are_legal_and_distinct(problem: Problem, gpu: str, op: Op) -> None:
+    if not op.serves(problem.spec.gate):
+        return
     found = space(problem, GPUS[gpu], op=op)
     configs = found.configs
     assert found.op is op
@@ -66,7 +70,7 @@ def test_segments_are_at_most_half_a_sequence(problem: Problem) -> None:
     assert all(c.segment == 0 or 2 * c.segment <= problem.T for c in forward(problem)[1:])
 
 
-@pytest.mark.parametrize("problem", SUITES["standard"], ids=str)
+@pytest.mark.parametrize("problem", STANDARD, ids=str)
 def test_standard_problems_can_be_tried_whole(problem: Problem) -> None:
     gpu = GPUS["h100"]
     found = forward(problem)
@@ -76,7 +80,7 @@ def test_standard_problems_can_be_tried_whole(problem: Problem) -> None:
     assert len(kernels) <= EXHAUSTIVE
 
 
-@pytest.mark.parametrize("problem", SUITES["standard"], ids=str)
+@pytest.mark.parametrize("problem", STANDARD, ids=str)
 def test_backward_can_be_tried_whole(problem: Problem) -> None:
     found = backward(problem)
     assert 60 <= len(found) <= EXHAUSTIVE
@@ -104,6 +108,8 @@ def test_segments_only_where_programs_are_few() -> None:
 def test_quick_is_a_part_of_the_whole(op: Op) -> None:
     gpu = GPUS["h100"]
     for problem in SUITES["standard"]:
+        if not op.serves(problem.spec.gate):
+            continue
         quick = space(problem, gpu, "quick", op)
         assert 6 <= len(quick.configs) <= QUICK_CANDIDATES
         assert quick.configs[0] == quick.default
@@ -124,9 +130,19 @@ def test_a_space_is_named_by_problem_and_op() -> None:
     assert str(found) == f"{problem} backward"
 
 
+@pytest.mark.parametrize("problem", [p for p in SUITES["standard"] if p in OTHERS], ids=str)
+def test_other_ops_can_be_tried_whole(problem: Problem) -> None:
+    gpu = GPUS["h100"]
+    for op in problem.ops:
+        found = space(problem, gpu, op=op).configs
+        assert 6 <= len(found) <= EXHAUSTIVE
+        kernels = {k for c in found for k in config_kernels(problem.spec, c, gpu.arch)}
+        assert len(kernels) <= EXHAUSTIVE
+
+
 def test_suites_hold_the_published_problems() -> None:
     assert [str(p) for p in SUITES["quick"]] == ["B=16 T=2048 H=8 k128_v128_vector_bf16"]
-    assert len(SUITES["standard"]) == 7
+    assert len(STANDARD) == 7
     assert sum(p.spec.gate is Gate.LOWRANK for p in SUITES["standard"]) == 2
     assert set(SUITES["standard"]) < set(SUITES["full"])
     keys = [(p.spec, p.bucket) for p in SUITES["full"]]

@@ -1,0 +1,524 @@
+"""Chunked linear attention with a scalar gate: its two passes over real tensors.
+
+    S_t = exp(g_t) S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
+
+One gate per token and head (simple GLA, Mamba-2), per head (retention) or none (linear attention):
+the same kernels with other strides. By kernels where ``glac.dispatch`` has some, else by PyTorch.
+``glac.scalar_autograd`` joins the passes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from glac import dispatch
+from glac.configs import ScalarBackwardConfig, ScalarForwardConfig
+from glac.engine import contiguous, laid_out
+from glac.errors import InputError
+from glac.heads import HeadGroups, check_sizes, head_groups
+from glac.plan import Plan, strides
+from glac.problem import DType, Gate, Op, Problem, Specialisation
+from glac.settings import checked_mode
+from glac.templates import state_dtype, stride_unit, tiles
+from glac.validate import (
+    DTYPES,
+    MAX_PROGRAMS,
+    TORCH_DTYPES,
+    check_gate_values,
+)
+from glac.validate import _same_device as same_device
+from glac.validate import _want_dtype as want_dtype
+from glac.validate import _want_rank as want_rank
+from glac.validate import _want_shape as want_shape
+from glac.validate import _want_tensor as want_tensor
+
+Result = tuple[Tensor, Tensor | None]
+"""``o`` and the final state, if asked for."""
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""``dq``, ``dk``, ``dv``, ``dg`` and ``dh0``, the last two if asked for."""
+
+
+@dataclass(frozen=True)
+class ScalarInputs:
+    """The tensors of a call.
+
+    Attributes:
+        q: ``[B, T, Hq, K]``.
+        k: ``[B, T, Hk, K]``.
+        v: ``[B, T, Hs, V]``.
+        g: ``[B, T, Hs]`` or ``[Hs]``, natural log, <= 0; None: no decay.
+        initial_state: ``[N, Hs, K, V]`` in fp32, or None.
+        cu_seqlens: ``[N + 1]`` int32 where N sequences are packed into one row, or None: N = B.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None = None
+    initial_state: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def sequences(self) -> int:
+        cu = self.cu_seqlens
+        return self.q.shape[0] if cu is None else cu.shape[0] - 1
+
+
+@dataclass(frozen=True)
+class ScalarProblem:
+    """A validated call: its problem (H: heads that are computed) and its head groups."""
+
+    problem: Problem
+    groups: HeadGroups
+
+    @property
+    def state_heads(self) -> int:
+        return self.problem.H // self.groups.s
+
+
+def check(i: ScalarInputs) -> ScalarProblem:
+    """Validate the tensors of a call.
+
+    Raises:
+        InputError: a shape is wrong.
+        InputTypeError: a dtype or device is wrong.
+    """
+    for name, tensor in (("q", i.q), ("k", i.k), ("v", i.v)):
+        want_tensor(name, tensor)
+    want_rank("q", i.q, "[B, T, H, K]")
+    want_rank("k", i.k, "[B, T, H, K]")
+    want_rank("v", i.v, "[B, T, H, V]")
+    B, T, Hq, K = i.q.shape
+    Hk, (Hs, V) = i.k.shape[2], i.v.shape[2:]
+    for name, size in (("B", B), ("T", T), ("H of q", Hq), ("H of k", Hk), ("H of v", Hs)):
+        if size < 1:
+            raise InputError(f"{name} must be at least 1, got q of shape {tuple(i.q.shape)}")
+    want_shape("k", i.k, "[B, T, Hk, K]", (B, T, Hk, K))
+    want_shape("v", i.v, "[B, T, Hv, V]", (B, T, Hs, V))
+    check_sizes(K, V, max(Hq, Hs))
+    if T > 2**31 - 1 - 256:
+        raise InputError(f"T must be below 2^31 - 256, got {T}")
+    supported = tuple(DTYPES)
+    want_dtype("q", i.q, supported, "what kernels take")
+    want_dtype("k", i.k, (i.q.dtype,), "as q")
+    want_dtype("v", i.v, (i.q.dtype,), "as q")
+    groups = head_groups(Hq, Hk, Hs)
+    gate_dtype = DType.FP32
+    if i.g is not None:
+        want_tensor("g", i.g)
+        if i.g.dim() == 1:
+            want_shape("g", i.g, "[H]", (Hs,))
+        else:
+            want_rank("g", i.g, "[B, T, H]")
+            want_shape("g", i.g, "[B, T, H]", (B, T, Hs))
+        want_dtype("g", i.g, tuple({i.q.dtype: 0, torch.float32: 0}), "q's dtype or float32")
+        gate_dtype = DTYPES[i.g.dtype]
+    cu = i.cu_seqlens
+    if cu is not None:
+        want_tensor("cu_seqlens", cu)
+        want_rank("cu_seqlens", cu, "[N + 1]")
+        want_dtype("cu_seqlens", cu, (torch.int32,), "token offsets")
+        if B != 1 or cu.shape[0] < 2:
+            raise InputError(
+                f"cu_seqlens [N + 1] goes with tensors [1, T, H, D] and N >= 1, got B={B} and "
+                f"{tuple(cu.shape)}"
+            )
+    state = i.initial_state
+    if state is not None:
+        want_tensor("initial_state", state)
+        want_rank("initial_state", state, "[N, H, K, V]")
+        want_shape("initial_state", state, "[N, H, K, V]", (i.sequences, Hs, K, V))
+        want_dtype("initial_state", state, (torch.float32,), "states are fp32")
+    same_device(i.q, k=i.k, v=i.v, g=i.g, initial_state=state, cu_seqlens=cu)
+    spec = Specialisation(K, V, DTYPES[i.q.dtype], Gate.SCALAR, gate_dtype)
+    return ScalarProblem(Problem(spec, B, T, max(Hq, Hs)), groups)
+
+
+def check_values(i: ScalarInputs) -> None:
+    """Checked mode: gates are decays, offsets are offsets. Synchronises.
+
+    Raises:
+        InputError: they are not; which, and where.
+    """
+    if i.g is not None:
+        check_gate_values(i.g)
+    if i.cu_seqlens is not None:
+        bounds, T = i.cu_seqlens.tolist(), i.q.shape[1]
+        for n, (low, high) in enumerate(itertools.pairwise(bounds)):
+            if (n == 0 and low != 0) or high < low or high > T:
+                raise InputError(
+                    f"cu_seqlens[{n}:{n + 2}] is {[low, high]}: offsets start at 0, never fall "
+                    f"and end at T={T} at most"
+                )
+
+
+# ---- kernels ----
+
+
+def _gate_strides(g: Tensor | None) -> tuple[int, int, int]:
+    if g is None:
+        return 0, 0, 0
+    if g.dim() == 1:
+        return 0, 0, g.stride(0)
+    b, t, h = g.stride()
+    return b, t, h
+
+
+def _usable_gate(g: Tensor | None) -> Tensor | None:
+    """The gate, copied where its strides do not fit 32 bits or its memory is misaligned."""
+    if g is None or (max(g.stride()) < 2**31 and g.data_ptr() % 16 == 0):
+        return g
+    return g.clone(memory_format=torch.contiguous_format)
+
+
+def _laid_out(i: ScalarInputs) -> ScalarInputs:
+    unit_k, unit_v = stride_unit(i.q.shape[3]), stride_unit(i.v.shape[3])
+    return ScalarInputs(
+        laid_out(i.q, unit_k),
+        laid_out(i.k, unit_k),
+        laid_out(i.v, unit_v),
+        _usable_gate(i.g),
+        contiguous(i.initial_state),
+        contiguous(i.cu_seqlens),
+    )
+
+
+def run_forward(
+    plan: Plan[ScalarForwardConfig],
+    groups: HeadGroups,
+    i: ScalarInputs,
+    scale: float,
+    output_final_state: bool,
+) -> Result:
+    """Launch a forward pass. Inputs are validated and laid out as the kernel wants them."""
+    spec, H, N = plan.problem.spec, plan.problem.H, i.sequences
+    B, T, _, K = i.q.shape
+    V = spec.V
+    o = torch.empty((B, T, H, V), dtype=i.q.dtype, device=i.q.device)
+    final = None
+    if output_final_state:
+        final = torch.empty((N, H // groups.s, K, V), dtype=torch.float32, device=i.q.device)
+    unit_k, unit_v = stride_unit(K), stride_unit(V)
+    plan.kernels["scalar_fwd"].run(
+        (i.q, i.k, i.v, i.g, i.cu_seqlens, o, i.initial_state, final),
+        (
+            *(scale, T, H, *groups.arguments, int(i.cu_seqlens is not None)),
+            *(int(i.g is not None), int(i.initial_state is not None), int(final is not None)),
+            *(*strides(i.q, unit_k), *strides(i.k, unit_k), *strides(i.v, unit_v)),
+            *_gate_strides(i.g),
+        ),
+        tiles("scalar_fwd", spec, plan.config.fwd) * N * H,
+    )
+    return o, final
+
+
+def _grouped(grad: Tensor, group: int) -> Tensor:
+    """The sum over heads that share a tensor, in fixed order; heads are dimension 2."""
+    return grad if group == 1 else torch.unflatten(grad, 2, (-1, group)).sum(3)
+
+
+def run_backward(
+    plan: Plan[ScalarBackwardConfig],
+    groups: HeadGroups,
+    i: ScalarInputs,
+    scale: float,
+    do: Tensor,
+    dht: Tensor | None,
+    *,
+    want_dg: bool,
+    want_dh0: bool,
+) -> Gradients:
+    """Launch a backward pass. Inputs are validated and laid out as the kernels want them."""
+    config, spec, H, N = plan.config, plan.problem.spec, plan.problem.H, i.sequences
+    B, T, _, K = i.q.shape
+    V, chunk = spec.V, config.grads.chunk
+    slots = N * math.ceil(T / chunk) if i.cu_seqlens is None else T // chunk + N
+
+    def new(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=i.q.device)
+
+    kept = TORCH_DTYPES[state_dtype(spec)]
+    states, dstates = new(H, slots, K, V, dtype=kept), new(H, slots, K, V, dtype=kept)
+    dh0 = new(N, H, K, V) if want_dh0 else None
+    dg = new(B, T, H) if want_dg else None
+    dq, dk = new(B, T, H, K, dtype=i.q.dtype), new(B, T, H, K, dtype=i.q.dtype)
+    dv = new(B, T, H, V, dtype=i.q.dtype)
+    unit_k, unit_v = stride_unit(K), stride_unit(V)
+    laid = (
+        *(*strides(i.q, unit_k), *strides(i.k, unit_k), *strides(i.v, unit_v)),
+        *(*strides(do, unit_v), *_gate_strides(i.g)),
+    )
+    packed, gated = int(i.cu_seqlens is not None), int(i.g is not None)
+    inputs = (i.q, i.k, i.v, i.g, do, i.cu_seqlens)
+    flags = (int(i.initial_state is not None), int(dht is not None), int(want_dh0))
+    plan.kernels["scalar_bwd_states"].run(
+        (*inputs, i.initial_state, dht, states, dstates, dh0),
+        (scale, T, H, slots, *groups.arguments, packed, gated, *flags, *laid),
+        tiles("scalar_bwd_states", spec, config.states) * N * H,
+    )
+    plan.kernels["scalar_bwd"].run(
+        (*inputs, states, dstates, dq, dk, dv, dg),
+        (scale, T, H, N, slots, *groups.arguments, packed, gated, int(want_dg), *laid),
+        slots * H,
+    )
+    d_gate = None
+    if dg is not None:
+        d_gate = _grouped(dg, groups.s)
+    if dh0 is not None and groups.s > 1:
+        dh0 = torch.unflatten(dh0, 1, (-1, groups.s)).sum(2)
+    return (
+        _grouped(dq, groups.q),
+        _grouped(dk, groups.k),
+        _grouped(dv, groups.s),
+        d_gate,
+        dh0,
+    )
+
+
+# ---- PyTorch ----
+
+
+def _pieces(
+    i: ScalarInputs, groups: HeadGroups
+) -> Iterator[tuple[slice, slice, slice, ScalarInputs]]:
+    """Parts of a batch that are one problem for the reference: all of it, or one sequence.
+
+    Yields rows, tokens and states of the part, and its inputs with one head of each tensor for
+    every head that is computed. Packed sequences wait for the device.
+    """
+    g = i.g
+    if g is not None:
+        g = g.expand(i.v.shape[:3])
+    q, k, v, gate = groups.expand(i.q, i.k, i.v, g)
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    h0 = i.initial_state
+    if h0 is not None:
+        h0 = h0.repeat_interleave(groups.s, 1)
+    if i.cu_seqlens is None:
+        yield slice(None), slice(None), slice(None), ScalarInputs(q, k, v, gate, h0)
+        return
+    bounds = i.cu_seqlens.tolist()
+    for n, (low, high) in enumerate(itertools.pairwise(bounds)):
+        part, row = slice(low, high), slice(n, n + 1)
+        yield (
+            slice(None),
+            part,
+            row,
+            ScalarInputs(
+                q[:, part],
+                k[:, part],
+                v[:, part],
+                None if gate is None else gate[:, part],
+                None if h0 is None else h0[row],
+            ),
+        )
+
+
+def dense_gate(i: ScalarInputs) -> Tensor:
+    """The gate as ``[B, T, H, K]``, for inputs with as many heads everywhere."""
+    if i.g is None:
+        return i.q.new_zeros((1, 1, 1, 1), dtype=torch.float32).expand(i.q.shape)
+    return i.g.expand(i.q.shape[:3]).unsqueeze(-1).expand(i.q.shape)
+
+
+def torch_forward(
+    problem: ScalarProblem,
+    i: ScalarInputs,
+    scale: float,
+    output_final_state: bool,
+    chunk_size: int,
+) -> Result:
+    """The forward pass in PyTorch, on any device."""
+    from glac import reference
+
+    H, N = problem.problem.H, i.sequences
+    wide = torch.float64 if i.q.dtype is torch.float64 else torch.float32
+    B, T, _, K = i.q.shape
+    V = i.v.shape[3]
+    o = i.q.new_zeros((B, T, H, V))
+    final = i.q.new_zeros((N, H, K, V), dtype=wide)
+    for rows, tokens, row, part in _pieces(i, problem.groups):
+        if not part.q.shape[1]:
+            if part.initial_state is not None:
+                final[row] = part.initial_state
+            continue
+        out, end = reference.chunk_gla(
+            part.q,
+            part.k,
+            part.v,
+            dense_gate(part),
+            scale=scale,
+            initial_state=part.initial_state,
+            output_final_state=True,
+            chunk_size=chunk_size,
+        )
+        assert end is not None
+        o[rows, tokens], final[row] = out, end
+    return o, final[:, :: problem.groups.s].contiguous() if output_final_state else None
+
+
+def torch_backward(
+    problem: ScalarProblem,
+    i: ScalarInputs,
+    scale: float,
+    do: Tensor,
+    dht: Tensor | None,
+    chunk_size: int,
+    *,
+    want_dg: bool,
+    want_dh0: bool,
+) -> Gradients:
+    """The backward pass in PyTorch, on any device."""
+    from glac import reference
+
+    groups, H, N = problem.groups, problem.problem.H, i.sequences
+    wide = torch.float64 if i.q.dtype is torch.float64 else torch.float32
+    B, T, _, K = i.q.shape
+    V = i.v.shape[3]
+    dq, dk = i.q.new_zeros((B, T, H, K)), i.q.new_zeros((B, T, H, K))
+    dv, dg = i.q.new_zeros((B, T, H, V)), i.q.new_zeros((B, T, H), dtype=wide)
+    dh0 = i.q.new_zeros((N, H, K, V), dtype=wide)
+    d_end = dh0
+    if dht is not None:
+        # Heads that share a state share its gradient, which one of them takes in.
+        d_end = torch.zeros_like(dh0)
+        d_end[:, :: groups.s] = dht
+    for rows, tokens, row, part in _pieces(i, groups):
+        if not part.q.shape[1]:
+            dh0[row] = d_end[row]
+            continue
+        zeros = i.q.new_zeros((part.q.shape[0], H, K, V), dtype=wide)
+        h0 = zeros if part.initial_state is None else part.initial_state
+        grads = reference.chunk_gla_backward(
+            part.q,
+            part.k,
+            part.v,
+            dense_gate(part).to(wide),
+            do[rows, tokens],
+            scale=scale,
+            initial_state=h0,
+            dht=d_end[row],
+            chunk_size=chunk_size,
+        )
+        dq[rows, tokens], dk[rows, tokens], dv[rows, tokens] = grads.dq, grads.dk, grads.dv
+        dg[rows, tokens] = grads.dg.sum(-1)
+        assert grads.dh0 is not None
+        dh0[row] = grads.dh0
+    return (
+        _grouped(dq, groups.q),
+        _grouped(dk, groups.k),
+        _grouped(dv, groups.s),
+        _grouped(dg, groups.s) if want_dg else None,
+        torch.unflatten(dh0, 1, (-1, groups.s)).sum(2) if want_dh0 else None,
+    )
+
+
+# ---- the passes ----
+
+
+def _launchable(problem: Problem, i: ScalarInputs) -> bool:
+    """Whether kernels could serve a call, if there are any: it is on a GPU and fits a grid."""
+    if not i.q.is_cuda:
+        return False
+    chunks = i.q.shape[1] // 16 + 1 + i.sequences
+    v_tiles = -(-problem.spec.V // 16)
+    return i.sequences * problem.H * max(2 * v_tiles, chunks) <= MAX_PROGRAMS
+
+
+def bucketed(problem: Problem, i: ScalarInputs) -> Problem:
+    """The problem by which a config is chosen: packed sequences count as a batch of equal ones."""
+    if i.cu_seqlens is None:
+        return problem
+    return replace(problem, B=i.sequences, T=max(1, problem.T // i.sequences))
+
+
+def forward(i: ScalarInputs, scale: float, output_final_state: bool, chunk_size: int) -> Result:
+    """The forward pass, from checks to results.
+
+    Args:
+        i: tensors of any layout.
+        scale: factor on the queries.
+        output_final_state: whether to return the state after the last token.
+        chunk_size: tokens per chunk of the PyTorch form.
+
+    Returns:
+        ``o [B, T, max(Hq, Hs), V]`` in the input dtype; the final state ``[N, Hs, K, V]`` in fp32,
+        or None.
+
+    Raises:
+        InputError, InputTypeError: the call is wrong.
+        KernelNotFoundError: ``GLAC_REQUIRE_AOT=1`` and no pack serves it.
+    """
+    checked = check(i)
+    if checked_mode():
+        check_values(i)
+    problem, plan = checked.problem, None
+    if _launchable(problem, i):
+        resolved = bucketed(problem, i)
+        plan = dispatch.resolve(resolved, i.q.device.index, Op.SCALAR_FORWARD)[1]
+    if plan is None:
+        return torch_forward(checked, i, scale, output_final_state, chunk_size)
+    i = _laid_out(i)
+    arguments = (plan, checked.groups, i, scale, output_final_state)
+    if torch.cuda.current_device() == i.q.device.index:
+        return run_forward(*arguments)
+    with torch.cuda.device(i.q.device):
+        return run_forward(*arguments)
+
+
+def backward(
+    i: ScalarInputs,
+    scale: float,
+    do: Tensor,
+    dht: Tensor | None,
+    chunk_size: int,
+    *,
+    want_dg: bool,
+    want_dh0: bool,
+) -> Gradients:
+    """The backward pass, from the inputs of ``forward`` and the gradients of its results.
+
+    Args:
+        i: as for ``forward``, like scale and chunk_size.
+        scale: factor on the queries.
+        do: gradient of ``o``.
+        dht: gradient of the final state in fp32, or None for zeros.
+        chunk_size: tokens per chunk of the PyTorch form.
+        want_dg: whether to return the gate's gradient, in the gate's shape and dtype.
+        want_dh0: whether to return the gradient of the initial state, in fp32.
+
+    Returns:
+        ``dq``, ``dk``, ``dv`` in the dtypes of their inputs, ``dg`` and ``dh0``.
+
+    Raises:
+        KernelNotFoundError: ``GLAC_REQUIRE_AOT=1`` and no pack has a backward kernel.
+    """
+    checked = check(i)
+    problem, plan = checked.problem, None
+    if _launchable(problem, i):
+        resolved = bucketed(problem, i)
+        plan = dispatch.resolve(resolved, i.q.device.index, Op.SCALAR_BACKWARD)[1]
+    if plan is None:
+        grads = torch_backward(
+            checked, i, scale, do, dht, chunk_size, want_dg=want_dg, want_dh0=want_dh0
+        )
+    else:
+        i = _laid_out(i)
+        do, dht = laid_out(do, stride_unit(problem.spec.V)), contiguous(dht)
+        with torch.cuda.device(i.q.device):
+            grads = run_backward(
+                plan, checked.groups, i, scale, do, dht, want_dg=want_dg, want_dh0=want_dh0
+            )
+    dq, dk, dv, dg, dh0 = grads
+    if dg is not None and i.g is not None:
+        dg = dg.sum((0, 1)) if i.g.dim() == 1 else dg
+        dg = dg.to(i.g.dtype)
+    return dq, dk, dv, dg, dh0

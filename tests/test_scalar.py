@@ -1,0 +1,253 @@
+"""Linear attention with scalar gates on the CPU: semantics, gradients, checks, operators."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from glac import scalar, scalar_autograd
+from glac.attention import chunk_gla, chunk_linear_attn, chunk_retention, chunk_simple_gla
+from glac.errors import InputError, InputTypeError, NotDifferentiableError
+from glac.reference import (
+    recurrent_gla,
+    relative_rms,
+    yardstick_scalar_gla,
+    yardstick_scalar_gla_backward,
+)
+from glac.testing import hard_gates, make_inputs
+
+FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
+
+
+def drawn(B: int = 2, T: int = 37, H: int = 4, **options: Any) -> Any:
+    options.setdefault("dtype", FP32)
+    return make_inputs(B, T, H, 16, 24, gate="scalar", initial_state=True, **options)
+
+
+def test_equals_the_vector_gate() -> None:
+    x = drawn()
+    o, end = chunk_simple_gla(
+        x.q, x.k, x.v, x.g, initial_state=x.initial_state, output_final_state=True
+    )
+    wanted, last = chunk_gla(
+        x.q,
+        x.k,
+        x.v,
+        x.g[..., None].expand(x.q.shape),
+        initial_state=x.initial_state,
+        output_final_state=True,
+    )
+    torch.testing.assert_close(o, wanted)
+    torch.testing.assert_close(end, last)
+
+
+def test_retention_has_the_rates_of_retnet() -> None:
+    x = drawn()
+    o, _ = chunk_retention(x.q, x.k, x.v)
+    rates = torch.tensor([math.log(1 - 2.0 ** (-5 - h)) for h in range(4)])
+    wanted, _ = chunk_simple_gla(x.q, x.k, x.v, rates.expand(2, 37, 4))
+    torch.testing.assert_close(o, wanted)
+    given_rates, _ = chunk_retention(x.q, x.k, x.v, g=rates)
+    torch.testing.assert_close(given_rates, wanted)
+
+
+def test_no_gate() -> None:
+    x = drawn()
+    o, _ = chunk_linear_attn(x.q, x.k, x.v)
+    wanted, _ = chunk_simple_gla(x.q, x.k, x.v, torch.zeros(2, 37, 4))
+    torch.testing.assert_close(o, wanted)
+
+
+def gradients(outputs: tuple[Tensor, Tensor | None], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    o, end = outputs
+    assert end is not None
+    generator = torch.Generator().manual_seed(1)
+    loss = (o * torch.randn(o.shape, generator=generator)).sum()
+    loss = loss + (end * torch.randn(end.shape, generator=generator)).sum()
+    return torch.autograd.grad(loss, leaves)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    heads=st.sampled_from([(2, 2, 2), (4, 2, 2), (4, 1, 2), (1, 2, 4)]),
+    kind=st.sampled_from(["token", "head", "none"]),
+    lengths=st.one_of(st.none(), st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any)),
+    hard=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_gradients_are_those_of_the_token_loop(
+    heads: tuple[int, int, int], kind: str, lengths: list[int] | None, hard: bool, seed: int
+) -> None:
+    Hq, Hk, Hs = heads
+    generator = torch.Generator().manual_seed(seed)
+    B, T = (2, 21) if lengths is None else (1, sum(lengths))
+    N = B if lengths is None else len(lengths)
+    cu = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).int()
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).requires_grad_()
+
+    q, k, v = randn(B, T, Hq, 8), randn(B, T, Hk, 8), randn(B, T, Hs, 12)
+    h0 = randn(N, Hs, 8, 12)
+    leaves = [q, k, v, h0]
+    options: Any = {"initial_state": h0, "output_final_state": True, "cu_seqlens": cu}
+    if kind == "none":
+        g = torch.zeros(B, T, Hs)
+        found = gradients(chunk_linear_attn(q, k, v, **options), leaves)
+    else:
+        shape = (B, T, Hs) if kind == "token" else (Hs,)
+        g = torch.nn.functional.logsigmoid(torch.randn(shape, generator=generator))
+        if hard and kind == "token":
+            g = hard_gates((B, T, Hs, 1), seed=seed)[..., 0]
+        g = g.requires_grad_()
+        leaves.append(g)
+        if kind == "token":
+            found = gradients(chunk_simple_gla(q, k, v, g, **options), leaves)
+        else:
+            found = gradients(chunk_retention(q, k, v, g=g, **options), leaves)
+
+    H = max(Hq, Hs)
+    dense = g.expand(B, T, Hs)[..., None]
+    wide = (
+        q.repeat_interleave(H // Hq, 2),
+        k.repeat_interleave(H // Hk, 2),
+        v.repeat_interleave(H // Hs, 2),
+        dense.repeat_interleave(H // Hs, 2).expand(B, T, H, 8),
+    )
+    bounds = [(b, 0, T) for b in range(B)]
+    if lengths is not None:
+        assert cu is not None
+        bounds = [(0, low, high) for low, high in zip(cu.tolist(), cu.tolist()[1:], strict=False)]
+    pieces, ends = [], []
+    for n, (b, low, high) in enumerate(bounds):
+        start = h0[n : n + 1].repeat_interleave(H // Hs, 1)
+        end: Tensor | None = start
+        if high > low:
+            part = (t[b : b + 1, low:high].double() for t in wide)
+            out, end = recurrent_gla(*part, initial_state=start.double(), output_final_state=True)
+            pieces.append(out)
+        assert end is not None
+        ends.append(end[:, :: H // Hs].double())
+    o = torch.cat(pieces, 0 if lengths is None else 1)
+    wanted = gradients((o, torch.cat(ends)), leaves)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert relative_rms(mine, theirs) < 2e-5 or float((mine - theirs).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_yardstick_is_near_in_fp32_and_rounds_in_bf16(hard: bool) -> None:
+    x = drawn(T=150)
+    if hard:
+        x.g.copy_(hard_gates((2, 150, 4, 1))[..., 0])
+    do = torch.randn(x.v.shape)
+    problem = scalar.check(scalar.ScalarInputs(x.q, x.k, x.v, x.g, x.initial_state))
+    for dtype, low, high in ((FP32, 0.0, 2e-6), (BF16, 1e-4, 6e-3)):
+        q, k, v, dout = (t.to(dtype) for t in (x.q, x.k, x.v, do))
+        h0 = x.initial_state.double()
+        i = scalar.ScalarInputs(q.double(), k.double(), v.double(), x.g.double(), h0)
+        true_o, true_end = scalar.torch_forward(problem, i, 0.25, True, 64)
+        o, end = yardstick_scalar_gla(
+            q, k, v, x.g, initial_state=x.initial_state, output_final_state=True
+        )
+        assert low <= relative_rms(o, true_o) <= high
+        assert true_end is not None
+        assert end is not None
+        assert low <= relative_rms(end, true_end) <= high
+        true = scalar.torch_backward(
+            problem, i, 0.25, dout.double(), None, 64, want_dg=True, want_dh0=True
+        )
+        near = yardstick_scalar_gla_backward(q, k, v, x.g, dout, initial_state=x.initial_state)
+        for mine, theirs in zip(near, true, strict=True):
+            assert mine is not None
+            assert theirs is not None
+            assert low <= relative_rms(mine, theirs) <= high
+
+
+def refused(kind: type[Exception], match: str, **changes: Any) -> None:
+    x = drawn()
+    call = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "initial_state": x.initial_state, **changes}
+    with pytest.raises(kind, match=match):
+        chunk_simple_gla(**call)
+
+
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(InputError, "g must be", g=torch.zeros(2, 37, 4, 16))
+    refused(InputError, "g must be", g=torch.zeros(2, 37, 5))
+    refused(InputError, "g must be", g=None)
+    refused(InputTypeError, "g must be", g=torch.zeros(2, 37, 4).half())
+    refused(InputError, "k has 3 heads", k=torch.zeros(2, 37, 3, 16))
+    refused(InputError, "initial_state must be", initial_state=torch.zeros(2, 4, 24, 16))
+    refused(InputError, "cu_seqlens", cu_seqlens=torch.zeros(3, dtype=torch.int32))
+    refused(InputTypeError, "cu_seqlens", cu_seqlens=torch.zeros(3))
+    refused(InputError, "chunk_size", chunk_size=3)
+    monkeypatch.setenv("GLAC_CHECKED", "1")
+    refused(InputError, "g must be <= 0", g=torch.ones(2, 37, 4))
+    x = drawn(B=1)
+    for offsets in ([1, 37], [0, 20, 10], [0, 50]):
+        cu = torch.tensor(offsets, dtype=torch.int32)
+        with pytest.raises(InputError, match=r"cu_seqlens\["):
+            chunk_linear_attn(x.q, x.k, x.v, cu_seqlens=cu)
+
+
+def test_retention_takes_one_decay_per_head() -> None:
+    x = drawn()
+    with pytest.raises(InputError, match=r"g must be \[H\]"):
+        chunk_retention(x.q, x.k, x.v, g=x.g)
+
+
+def test_differentiable_once() -> None:
+    x = drawn()
+    q = x.q.requires_grad_()
+    o, _ = chunk_simple_gla(q, x.k, x.v, x.g)
+    (dq,) = torch.autograd.grad(o.sum(), q, create_graph=True)
+    with pytest.raises(NotDifferentiableError):
+        torch.autograd.grad(dq.sum(), q)
+
+
+def test_only_what_depends_on_the_state_gets_a_gradient() -> None:
+    x = drawn()
+    k = x.k.requires_grad_()
+    _, end = chunk_simple_gla(x.q, k, x.v, x.g, output_final_state=True)
+    assert end is not None
+    (dk,) = torch.autograd.grad(end.sum(), k)
+    assert bool(dk.isfinite().all())
+    assert bool(dk.any())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_operators(packed: bool, gated: bool) -> None:
+    x = drawn(B=1 if packed else 2, T=9)
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32) if packed else None
+    h0 = torch.randn(2, 4, 16, 24).requires_grad_()
+    q, k, v = (t.requires_grad_() for t in (x.q, x.k, x.v))
+    g = x.g.requires_grad_() if gated else None
+    inputs = (q, k, v, g, h0, cu)
+    torch.library.opcheck(scalar_autograd.chunk_simple_gla_fwd, (*inputs, 0.25, True, 64))
+    plain = tuple(None if t is None else t.detach() for t in inputs)
+    do = torch.randn(x.v.shape)
+    torch.library.opcheck(scalar_autograd.chunk_simple_gla_bwd, (*plain, do, None, 0.25, 64))
+
+
+def test_compiles_and_transforms() -> None:
+    x = drawn()
+
+    def loss(q: Tensor, g: Tensor) -> Tensor:
+        o, end = chunk_simple_gla(q, x.k, x.v, g, output_final_state=True)
+        assert end is not None
+        return o.sum() + end.sum()
+
+    q, g = x.q.requires_grad_(), x.g.requires_grad_()
+    wanted = torch.autograd.grad(loss(q, g), (q, g))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(q, g), (q, g))
+    functional = torch.func.grad(loss, argnums=(0, 1))(q.detach(), g.detach())
+    for mine, other, theirs in zip(found, functional, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(other, theirs)
