@@ -163,6 +163,27 @@ class ExactKernelConfig(_KernelConfig):
 
 
 @dataclass(frozen=True, order=True)
+class PrepareKernelConfig(_KernelConfig):
+    """Tile and schedule of ``gla_prepare``, whose programs do one chunk each.
+
+    Attributes:
+        chunk: tokens per chunk (BT), that of the kernels which read what it makes.
+        block_k: key channels at a time (BC).
+        num_warps: warps per program.
+        num_stages: tiles of key channels in flight.
+    """
+
+    chunk: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def slug(self) -> str:
+        return f"c{self.chunk}_bk{self.block_k}_w{self.num_warps}_s{self.num_stages}"
+
+
+@dataclass(frozen=True, order=True)
 class CombineKernelConfig(_KernelConfig):
     """Schedule of ``gla_combine``: state elements per program, warps."""
 
@@ -180,11 +201,15 @@ KernelConfig = (
     | DecodeKernelConfig
     | TileKernelConfig
     | ExactKernelConfig
+    | PrepareKernelConfig
     | CombineKernelConfig
 )
 
 KERNEL_CONFIGS: dict[str, type[KernelConfig]] = {
     "gla_fwd": ChunkKernelConfig,
+    "gla_prepare": PrepareKernelConfig,
+    "gla_walk_states": ChunkKernelConfig,
+    "gla_walk": ChunkKernelConfig,
     "gla_states": ChunkKernelConfig,
     "gla_combine": CombineKernelConfig,
     "gla_bwd_dv": ChunkKernelConfig,
@@ -216,35 +241,52 @@ class ForwardConfig:
 
     Attributes:
         op: what it is a config of.
-        MAIN: the template that does most of the work.
         PARTS: the field that each template's config is in, or follows from.
-        fwd: the fused kernel.
+        fwd: the kernel that walks the sequence: ``gla_fwd``, or ``gla_walk`` after ``prepare``.
         segment: tokens per segment, a multiple of both chunk sizes; 0 walks the whole sequence in
             one program and needs neither ``summary`` nor the combine kernel.
         summary: the kernel that prepares segment states, ``None`` exactly when ``segment`` is 0.
+        prepare: the kernel that makes scaled tiles and scores once for all V tiles of a head;
+            ``None`` where ``gla_fwd`` makes its own. All kernels then have the same chunk size.
     """
 
     op: ClassVar[Op] = Op.FORWARD
-    MAIN: ClassVar[str] = "gla_fwd"
-    PARTS: ClassVar[Mapping[str, str]] = {"gla_states": "summary", "gla_fwd": "fwd"}
+    PARTS: ClassVar[Mapping[str, str]] = {
+        "gla_states": "summary",
+        "gla_fwd": "fwd",
+        "gla_prepare": "prepare",
+        "gla_walk_states": "summary",
+        "gla_walk": "fwd",
+    }
 
     fwd: ChunkKernelConfig
     segment: int = 0
     summary: ChunkKernelConfig | None = None
+    prepare: PrepareKernelConfig | None = None
+
+    @property
+    def main(self) -> str:
+        """The template that does most of the work."""
+        return "gla_fwd" if self.prepare is None else "gla_walk"
 
     def kernels(self) -> dict[str, KernelConfig]:
         """Template name to kernel config, in launch order."""
-        if self.summary is None:
-            return {"gla_fwd": self.fwd}
-        return {
-            "gla_states": self.summary,
-            "gla_combine": CombineKernelConfig(),
-            "gla_fwd": self.fwd,
-        }
+        kernels: dict[str, KernelConfig] = {}
+        if self.prepare is not None:
+            kernels["gla_prepare"] = self.prepare
+        if self.summary is not None:
+            summary = "gla_states" if self.prepare is None else "gla_walk_states"
+            kernels.update({summary: self.summary, "gla_combine": CombineKernelConfig()})
+        return {**kernels, self.main: self.fwd}
 
     def with_part(self, part: str, kernel: Any) -> ForwardConfig:
-        """This config with another kernel config in field ``part``."""
+        """This config with another kernel config in field ``part``, and chunks that go with it."""
         change: dict[str, Any] = {part: kernel}
+        if self.prepare is not None:
+            for name in ("fwd", "summary", "prepare"):
+                other = change.get(name, getattr(self, name))
+                if other is not None:
+                    change[name] = replace(other, chunk=kernel.chunk)
         return replace(self, **change)
 
     def segments(self, T: int) -> int:
@@ -253,25 +295,31 @@ class ForwardConfig:
 
     @property
     def slug(self) -> str:
-        if self.summary is None:
-            return self.fwd.slug
-        return f"{self.fwd.slug}-seg{self.segment}-{self.summary.slug}"
+        prepare = "" if self.prepare is None else f"-pre_{self.prepare.slug}"
+        segment = "" if self.summary is None else f"-seg{self.segment}-{self.summary.slug}"
+        return f"{self.fwd.slug}{prepare}{segment}"
 
     def to_dict(self) -> dict[str, Any]:
+        """As plain data; ``prepare`` is left out where there is none, as in most rows."""
+        prepare = {} if self.prepare is None else {"prepare": self.prepare.to_dict()}
         return {
             "fwd": self.fwd.to_dict(),
             "segment": self.segment,
             "summary": self.summary.to_dict() if self.summary else None,
+            **prepare,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> ForwardConfig:
+        if isinstance(data, Mapping):
+            data = {"prepare": None, **data}
         d = strict_fields(cls, data, where)
-        summary = d["summary"]
+        summary, before = d["summary"], d["prepare"]
         return cls(
             ChunkKernelConfig.from_dict(d["fwd"], f"{where}.fwd"),
             strict_int(d, "segment", where),
             None if summary is None else ChunkKernelConfig.from_dict(summary, f"{where}.summary"),
+            None if before is None else PrepareKernelConfig.from_dict(before, f"{where}.prepare"),
         )
 
 
@@ -280,7 +328,7 @@ class BackwardConfig:
     """How one backward problem runs.
 
     Attributes:
-        op, MAIN, PARTS: as in ``ForwardConfig``.
+        op, PARTS: as in ``ForwardConfig``.
         states: the kernel that walks forward again and keeps the state at the start of each chunk
             of ``grads``, whose chunk size is a multiple of its own; with segments also the one
             that finds what they add to the state and to its gradient.
@@ -291,7 +339,6 @@ class BackwardConfig:
     """
 
     op: ClassVar[Op] = Op.BACKWARD
-    MAIN: ClassVar[str] = "gla_bwd"
     PARTS: ClassVar[Mapping[str, str]] = {
         "gla_states": "states",
         "gla_bwd": "grads",
@@ -303,6 +350,11 @@ class BackwardConfig:
     grads: TileKernelConfig
     dv: ChunkKernelConfig | None = None
     segment: int = 0
+
+    @property
+    def main(self) -> str:
+        """The template that does most of the work."""
+        return "gla_bwd"
 
     @property
     def chunk_step(self) -> int:
@@ -361,12 +413,12 @@ class ScalarForwardConfig:
     """How one forward problem with a scalar gate runs: one kernel.
 
     Attributes:
-        op, MAIN, PARTS: as in ``ForwardConfig``.
+        op, main, PARTS: as in ``ForwardConfig``.
         fwd: the kernel.
     """
 
     op: ClassVar[Op] = Op.SCALAR_FORWARD
-    MAIN: ClassVar[str] = "scalar_fwd"
+    main: ClassVar[str] = "scalar_fwd"
     PARTS: ClassVar[Mapping[str, str]] = {"scalar_fwd": "fwd"}
 
     fwd: TurnedKernelConfig
@@ -398,14 +450,14 @@ class ScalarBackwardConfig:
     """How one backward problem with a scalar gate runs.
 
     Attributes:
-        op, MAIN, PARTS: as in ``ForwardConfig``.
+        op, main, PARTS: as in ``ForwardConfig``.
         states: the kernel that keeps the state at the start of each chunk, and the gradient of
             the state at its end.
         grads: the kernel that makes all gradients of a chunk; its chunk is that of ``states``.
     """
 
     op: ClassVar[Op] = Op.SCALAR_BACKWARD
-    MAIN: ClassVar[str] = "scalar_bwd"
+    main: ClassVar[str] = "scalar_bwd"
     PARTS: ClassVar[Mapping[str, str]] = {"scalar_bwd_states": "states", "scalar_bwd": "grads"}
 
     states: ChunkKernelConfig
@@ -445,12 +497,12 @@ class DecodeConfig:
     """How decoding runs: one kernel.
 
     Attributes:
-        op, MAIN, PARTS: as in ``ForwardConfig``.
+        op, main, PARTS: as in ``ForwardConfig``.
         decode: the kernel.
     """
 
     op: ClassVar[Op] = Op.DECODE
-    MAIN: ClassVar[str] = "gla_decode"
+    main: ClassVar[str] = "gla_decode"
     PARTS: ClassVar[Mapping[str, str]] = {"gla_decode": "decode"}
 
     decode: DecodeKernelConfig
@@ -540,6 +592,8 @@ def _why_illegal_kernel(
     block_k = values.get("block_k", padded_k(spec))
     if block_k > padded_k(spec):
         return f"{what}.block_k {block_k} exceeds K padded to {padded_k(spec)}"
+    if isinstance(config, PrepareKernelConfig):
+        return None
     block_v = values["block_v"]
     if block_v > padded_v(spec):
         return f"{what}.block_v {block_v} exceeds V padded to {padded_v(spec)}"
@@ -604,14 +658,57 @@ def _why_illegal_walk(
     )
 
 
+def _why_illegal_prepared(
+    spec: Specialisation,
+    config: ChunkKernelConfig,
+    prepare: PrepareKernelConfig,
+    gpu: GpuSpec,
+    what: str,
+    k_tiles: int,
+) -> str | None:
+    """What is wrong with a kernel that reads prepared chunks: v, and one tile or two with scores.
+
+    Args:
+        spec: of the problem.
+        config: of the kernel.
+        prepare: of the kernel that makes the chunks.
+        gpu: where it runs.
+        what: the kernel's part in the config.
+        k_tiles: 2 for scaled queries and keys and their scores, 1 for the keys alone.
+    """
+    reason = _why_illegal_kernel(spec, config, gpu, what)
+    if reason:
+        return reason
+    if config.chunk != prepare.chunk:
+        return f"{what}.chunk must be prepare.chunk {prepare.chunk}, got {config.chunk}"
+    size = DType.BF16.itemsize if spec.dtype is DType.BF16 else DType.FP32.itemsize
+    row = (k_tiles * padded_k(spec) + (k_tiles - 1) * config.chunk) * size
+    row += config.block_v * spec.dtype.itemsize
+    stages = max(1, config.num_stages - 1)
+    if config.chunk * row * stages > gpu.shared_per_block:
+        return (
+            f"{what}: {stages} stages of inputs need {config.chunk * row * stages} bytes of "
+            f"shared memory, {gpu.name} has {gpu.shared_per_block} per block"
+        )
+    return None
+
+
 def _why_illegal_forward(spec: Specialisation, config: ForwardConfig, gpu: GpuSpec) -> str | None:
-    reason = _why_illegal_walk(spec, config.fwd, gpu, "fwd", 2, 1)
+    if config.prepare is not None:
+        reason = _why_illegal_kernel(
+            spec, config.prepare, gpu, "prepare"
+        ) or _why_illegal_prepared(spec, config.fwd, config.prepare, gpu, "fwd", 2)
+    else:
+        reason = _why_illegal_walk(spec, config.fwd, gpu, "fwd", 2, 1)
     if reason:
         return reason
     if (config.segment == 0) != (config.summary is None):
         return "summary must be given exactly when segment is not 0"
     if config.summary is not None:
-        reason = _why_illegal_walk(spec, config.summary, gpu, "summary", 1, 1)
+        if config.prepare is not None:
+            reason = _why_illegal_prepared(spec, config.summary, config.prepare, gpu, "summary", 1)
+        else:
+            reason = _why_illegal_walk(spec, config.summary, gpu, "summary", 1, 1)
         if reason:
             return reason
         return _segment_illegal(config.segment, max(config.fwd.chunk, config.summary.chunk))

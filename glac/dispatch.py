@@ -256,7 +256,7 @@ def _row_decision(
         provider=provider,
         config=row.config,
         config_id=row.config.slug,
-        cubin_sha=pack.kernels[row.kernels[row.config.MAIN]].sha256,
+        cubin_sha=pack.kernels[row.kernels[row.config.main]].sha256,
         kernels=dict(row.kernels),
         path=str(pack.path),
         reason=reason,

@@ -2,12 +2,127 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from glac.configs import ForwardConfig
+from glac.configs import CombineKernelConfig, ForwardConfig, padded_k
 from glac.plan import GateInput, Plan, gate_arguments, segment_states, segments_of, strides
-from glac.templates import stride_unit, tiles
+from glac.problem import Problem
+from glac.templates import state_dtype, stride_unit, tiles
+from glac.validate import TORCH_DTYPES
+
+
+def chunk_slots(problem: Problem, chunk: int) -> int:
+    """Slots of chunks in a row of the tensors, which lie as those of segments do."""
+    if problem.packed:
+        return problem.T // chunk + problem.packed
+    return math.ceil(problem.T / chunk)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``gla_prepare`` makes of a call; shapes are in its file.
+
+    Attributes:
+        qs: scaled queries.
+        ks: scaled keys.
+        scores: masked products of the two.
+        ends: decay of each chunk.
+        flags: whether a chunk left the range.
+        slots: of chunks.
+    """
+
+    qs: Tensor
+    ks: Tensor
+    scores: Tensor
+    ends: Tensor
+    flags: Tensor
+    slots: int
+
+
+def _prepare(
+    plan: Plan[ForwardConfig],
+    q: Tensor,
+    k: Tensor,
+    gate: GateInput,
+    scale: float,
+    cu: Tensor | None,
+) -> Prepared:
+    """Launch ``gla_prepare``."""
+    problem, config = plan.problem, plan.config.prepare
+    assert config is not None
+    spec = problem.spec
+    gated, unit_k = gate_arguments(gate, spec), stride_unit(spec.K)
+    chunk, keys, slots = config.chunk, padded_k(spec), chunk_slots(problem, config.chunk)
+    lead = (problem.B, problem.H, slots)
+    tile = TORCH_DTYPES[state_dtype(spec)]
+    prepared = Prepared(
+        qs=torch.empty((*lead, chunk, keys), dtype=tile, device=q.device),
+        ks=torch.empty((*lead, chunk, keys), dtype=tile, device=q.device),
+        scores=torch.empty((*lead, chunk, chunk), dtype=tile, device=q.device),
+        ends=torch.empty((*lead, keys), dtype=torch.float32, device=q.device),
+        flags=torch.empty(lead, dtype=torch.int32, device=q.device),
+        slots=slots,
+    )
+    plan.kernels["gla_prepare"].run(
+        (
+            *(q, k, *gate.tensors, cu, prepared.qs, prepared.ks, prepared.scores),
+            *(prepared.ends, prepared.flags),
+        ),
+        (
+            *(scale, *gated.scalars, problem.T, problem.sequences, problem.H, slots),
+            *(problem.q_group, problem.k_group, problem.s_group, int(cu is not None)),
+            *(*gated.flag, *strides(q, unit_k), *strides(k, unit_k), *gated.strides),
+        ),
+        tiles("gla_prepare", spec, config) * slots * problem.B * problem.H,
+    )
+    return prepared
+
+
+def _prepared_segment_states(
+    plan: Plan[ForwardConfig],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: GateInput,
+    scale: float,
+    initial_state: Tensor | None,
+    cu: Tensor | None,
+    o: Tensor,
+    prepared: Prepared,
+) -> Tensor:
+    """As ``segment_states``, from prepared chunks. May leave anything in ``o``."""
+    problem, config = plan.problem, plan.config
+    assert config.summary is not None
+    spec = problem.spec
+    B, T, K, V, heads = problem.B, problem.T, spec.K, spec.V, problem.state_heads
+    count, length = segments_of(problem, config.segment)
+    gated, unit_k, unit_v = gate_arguments(gate, spec), stride_unit(K), stride_unit(V)
+    packed = int(cu is not None)
+    starts = torch.empty((B, heads, count, K, V), dtype=torch.float32, device=q.device)
+    decay = torch.empty((B, heads, count, K), dtype=torch.float32, device=q.device)
+    plan.kernels["gla_walk_states"].run(
+        (
+            *(q, k, v, *gate.tensors, o, cu, starts, decay),
+            *(prepared.ks, prepared.ends, prepared.flags),
+        ),
+        (
+            *(scale, *gated.scalars, T, problem.sequences, problem.H, count, length),
+            *(prepared.slots, problem.q_group, problem.k_group, problem.s_group, packed),
+            *(*gated.flag, *strides(q, unit_k), *strides(k, unit_k), *strides(v, unit_v)),
+            *gated.strides,
+        ),
+        tiles("gla_walk_states", spec, config.summary) * count * B * heads,
+    )
+    plan.kernels["gla_combine"].run(
+        (starts, decay, initial_state, cu),
+        (T, heads, count, length, 1, 0, packed, int(initial_state is not None)),
+        tiles("gla_combine", spec, CombineKernelConfig()) * problem.sequences * heads,
+    )
+    return starts
 
 
 def run_forward(
@@ -51,7 +166,14 @@ def run_forward(
     unit_k, unit_v = stride_unit(K), stride_unit(V)
     gated = gate_arguments(gate, spec)
     starts = None
-    if seg_len < T:
+    prepared = None
+    if config.prepare is not None:
+        prepared = _prepare(plan, q, k, gate, scale, cu)
+    if seg_len < T and prepared is not None:
+        starts = _prepared_segment_states(
+            plan, q, k, v, gate, scale, initial_state, cu, o, prepared
+        )
+    elif seg_len < T:
         assert config.summary is not None
         starts = segment_states(
             plan,
@@ -65,15 +187,20 @@ def run_forward(
             heads=state_heads,
             k_group=problem.k_group // problem.s_group,
         )
-    plan.kernels["gla_fwd"].run(
-        (q, k, v, *gate.tensors, o, cu, initial_state, starts, final),
+    made: tuple[Tensor, ...] = ()
+    slots: tuple[int, ...] = ()
+    if prepared is not None:
+        made = (prepared.qs, prepared.ks, prepared.scores, prepared.ends, prepared.flags)
+        slots = (prepared.slots,)
+    plan.kernels[config.main].run(
+        (q, k, v, *gate.tensors, o, cu, initial_state, starts, final, *made),
         (
-            *(scale, *gated.scalars, T, N, H, segments, seg_len),
+            *(scale, *gated.scalars, T, N, H, segments, seg_len, *slots),
             *(problem.q_group, problem.k_group, problem.s_group),
             *(int(cu is not None), int(initial_state is not None), int(final is not None)),
             *(*gated.flag, *strides(q, unit_k), *strides(k, unit_k), *strides(v, unit_v)),
             *gated.strides,
         ),
-        tiles("gla_fwd", spec, config.fwd) * segments * B * H,
+        tiles(config.main, spec, config.fwd) * segments * B * H,
     )
     return o, final

@@ -29,6 +29,7 @@ from glac.configs import (
     CombineKernelConfig,
     Config,
     ForwardConfig,
+    PrepareKernelConfig,
     TileKernelConfig,
     padded_k,
 )
@@ -141,13 +142,23 @@ def _gate_step(spec: Specialisation, chunk: int, keys: int) -> tuple[int, int]:
 
 
 def _step(
-    template: str, spec: Specialisation, config: ChunkKernelConfig | TileKernelConfig
+    template: str,
+    spec: Specialisation,
+    config: ChunkKernelConfig | TileKernelConfig | PrepareKernelConfig,
 ) -> tuple[int, int]:
     """Matrix FLOPs and exponentials of one program for one chunk, padding included."""
-    C, BV = config.chunk, config.block_v
+    C = config.chunk
     BK = config.block_k if isinstance(config, TileKernelConfig) else padded_k(spec)
     flops, exps = _gate_step(spec, C, BK)
-    state, by_key, by_value = 2 * C * BK * BV, 2 * C * C * BK, 2 * C * C * BV
+    by_key = 2 * C * C * BK
+    if isinstance(config, PrepareKernelConfig):  # scores
+        return flops + by_key, exps + 2 * C * BK
+    BV = config.block_v
+    state, by_value = 2 * C * BK * BV, 2 * C * C * BV
+    if template == "gla_walk":  # read-out, update; scores times values
+        return 2 * state + by_value, 0
+    if template == "gla_walk_states":  # update
+        return state, 0
     if template == "gla_fwd":  # read-out, update; scores; scores times values
         return flops + 2 * state + by_key + by_value, exps + 2 * C * BK
     if template == "gla_states":  # update
@@ -205,7 +216,7 @@ def _work(
     gpu: GpuSpec,
     spec: Specialisation,
     template: str,
-    config: ChunkKernelConfig | TileKernelConfig | None,
+    config: ChunkKernelConfig | TileKernelConfig | PrepareKernelConfig | None,
     programs: int,
     steps: int,
     moved: int,
@@ -244,6 +255,8 @@ def _summary_work(
 
 
 def _forward_work(problem: Problem, config: ForwardConfig, gpu: GpuSpec) -> list[KernelWork]:
+    if config.prepare is not None:
+        return _prepared_work(problem, config, config.prepare, gpu)
     spec, sizes = problem.spec, problem.tensor_bytes
     segments, length = segments_of(problem, config.segment)
     found = []
@@ -256,6 +269,44 @@ def _forward_work(problem: Problem, config: ForwardConfig, gpu: GpuSpec) -> list
     programs = tiles("gla_fwd", spec, config.fwd) * segments * problem.B * problem.H
     steps = math.ceil(length / config.fwd.chunk)
     return [*found, _work(gpu, spec, "gla_fwd", config.fwd, programs, steps, moved)]
+
+
+def _prepared_work(
+    problem: Problem, config: ForwardConfig, prepare: PrepareKernelConfig, gpu: GpuSpec
+) -> list[KernelWork]:
+    """Scaled tiles and scores go through memory once; V tiles find each other's in L2."""
+    spec, sizes, walk = problem.spec, problem.tensor_bytes, config.fwd
+    segments, length = segments_of(problem, config.segment)
+    heads = problem.B * problem.H
+    programs = heads * math.ceil(problem.T / prepare.chunk)
+    size = state_dtype(spec).itemsize
+    tile = heads * problem.T * padded_k(spec) * size
+    ends = heads * problem.T * padded_k(spec) * DType.FP32.itemsize // prepare.chunk
+    made = 2 * tile + heads * problem.T * prepare.chunk * size + ends
+    inputs = sizes["q"] + sizes["k"] + sizes["gate"]
+    found = [_work(gpu, spec, "gla_prepare", prepare, programs, 1, inputs + made)]
+    moved = problem.bytes(Op.FORWARD) - inputs + made
+    if segments > 1 and config.summary is not None:
+        states = segments * problem.state_bytes
+        read = (tile + ends + sizes["v"]) * (segments - 1) // segments
+        walkers = (segments - 1) * problem.B * problem.state_heads
+        combine = tiles("gla_combine", spec, CombineKernelConfig()) * problem.B
+        found += [
+            _work(
+                gpu,
+                spec,
+                "gla_walk_states",
+                config.summary,
+                tiles("gla_walk_states", spec, config.summary) * walkers,
+                math.ceil(length / config.summary.chunk),
+                read + states,
+            ),
+            _work(gpu, spec, "gla_combine", None, combine * problem.state_heads, 0, 2 * states),
+        ]
+        moved += states
+    programs = tiles("gla_walk", spec, walk) * segments * heads
+    steps = math.ceil(length / walk.chunk)
+    return [*found, _work(gpu, spec, "gla_walk", walk, programs, steps, moved)]
 
 
 def kept_states_bytes(problem: Problem, config: BackwardConfig) -> int:

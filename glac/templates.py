@@ -20,6 +20,7 @@ from glac.configs import (
     DecodeKernelConfig,
     ExactKernelConfig,
     KernelConfig,
+    PrepareKernelConfig,
     TileKernelConfig,
     TurnedKernelConfig,
     padded_k,
@@ -100,6 +101,37 @@ TEMPLATES: dict[str, Template] = {
             ("segments", "heads"),
         ),
         Template(
+            "gla_prepare",
+            _args(
+                f"q:*io k:*io {_GATE} cu:*i32 qs:*state ks:*state scores:*state ends:*fp32 "
+                f"flags:*i32 scale:fp32 {_GATE_SCALARS} T:i32 N:i32 H:i32 n_chunks:i32 {_GROUPS} "
+                f"has_cu:i32 has_bias:i32 {_STRIDES['q']} {_STRIDES['k']} {_STRIDES['g']} "
+                f"{_X_STRIDES}"
+            ),
+            ("chunks", "heads"),
+        ),
+        Template(
+            "gla_walk_states",
+            _args(
+                f"q:*io k:*io v:*io {_GATE} o:*io cu:*i32 starts:*fp32 decay:*fp32 ks:*state "
+                f"ends:*fp32 flags:*i32 scale:fp32 {_GATE_SCALARS} T:i32 N:i32 H:i32 n_seg:i32 "
+                f"seg_len:i32 n_chunks:i32 {_GROUPS} has_cu:i32 has_bias:i32 "
+                f"{_STRIDES['q']} {_STRIDES['k']} {_STRIDES['v']} {_STRIDES['g']} {_X_STRIDES}"
+            ),
+            ("segments", "heads"),
+        ),
+        Template(
+            "gla_walk",
+            _args(
+                f"q:*io k:*io v:*io {_GATE} o:*io cu:*i32 h0:*fp32 starts:*fp32 ht:*fp32 "
+                "qs:*state ks:*state scores:*state ends:*fp32 flags:*i32 "
+                f"scale:fp32 {_GATE_SCALARS} T:i32 N:i32 H:i32 n_seg:i32 seg_len:i32 "
+                f"n_chunks:i32 {_GROUPS} has_cu:i32 has_h0:i32 has_ht:i32 has_bias:i32 "
+                f"{_STRIDES['q']} {_STRIDES['k']} {_STRIDES['v']} {_STRIDES['g']} {_X_STRIDES}"
+            ),
+            ("segments", "heads"),
+        ),
+        Template(
             "gla_states",
             _args(
                 f"k:*io v:*io {_GATE} cu:*i32 h0:*fp32 starts:*fp32 states:*state decay:*fp32 "
@@ -174,7 +206,14 @@ TEMPLATES: dict[str, Template] = {
     )
 }
 
-FORWARD = ("gla_fwd", "gla_states", "gla_combine")
+FORWARD = (
+    "gla_fwd",
+    "gla_states",
+    "gla_combine",
+    "gla_prepare",
+    "gla_walk_states",
+    "gla_walk",
+)
 """Templates of the forward pass."""
 
 BACKWARD = ("gla_states", "gla_combine", "gla_bwd", "gla_bwd_exact", "gla_bwd_dv")
@@ -245,11 +284,17 @@ def stride_unit(dim: int) -> int:
     return min(16, dim & -dim)
 
 
+_TILED_K = (TileKernelConfig, ExactKernelConfig)
+"""Configs of kernels whose programs hold a tile of K, not all of it."""
+
 _WITHOUT = {
     "scalar_fwd": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
     "scalar_bwd_states": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
     "scalar_bwd": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
     "gla_states": ("BX", "INTERPRETED"),
+    "gla_prepare": ("V", "UV", "BX", "INTERPRETED"),
+    "gla_walk_states": ("INTERPRETED",),
+    "gla_walk": ("INTERPRETED",),
     "gla_bwd": ("BX", "INTERPRETED"),
     "gla_bwd_exact": ("INTERPRETED",),
 }
@@ -267,24 +312,27 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
         "K": spec.K,
         "V": spec.V,
         "R": spec.rank,
-        "BK": getattr(config, "block_k", padded_k(spec)),
+        "BK": config.block_k if isinstance(config, _TILED_K) else padded_k(spec),
         "BR": max(16, spec.rank),
         "UK": stride_unit(spec.K),
         "UV": stride_unit(spec.V),
         "UR": stride_unit(spec.rank) if lowrank else 1,
         "BT": config.chunk,
-        "BV": config.block_v,
         "BX": EXACT_ROWS,
         "LOWRANK": lowrank,
         "BF16": spec.dtype is DType.BF16,
         "PRECISION": "tf32x3" if spec.dtype is DType.FP32 else "tf32",
         "INTERPRETED": False,
     }
-    if not isinstance(config, ExactKernelConfig):
+    if isinstance(config, PrepareKernelConfig):
+        values.update(BC=config.block_k, STAGES=config.num_stages)
+    else:
+        values["BV"] = config.block_v
+    if isinstance(config, ChunkKernelConfig | TurnedKernelConfig | TileKernelConfig):
         values.update(STAGES=config.num_stages, TMA=config.tma)
     if isinstance(config, TurnedKernelConfig):
         values["TURNED"] = config.turned
-    elif not isinstance(config, ChunkKernelConfig):
+    elif isinstance(config, _TILED_K):
         values["DV"] = config.dv
     for name in _WITHOUT.get(template, ()):
         del values[name]
@@ -321,6 +369,8 @@ def tiles(template: str, spec: Specialisation, config: KernelConfig) -> int:
     """Programs per head, or per (segment, head): the compile-time factor of the grid."""
     if isinstance(config, CombineKernelConfig):
         return math.ceil(spec.K * spec.V / config.block)
+    if isinstance(config, PrepareKernelConfig):
+        return 1
     v_tiles = math.ceil(spec.V / config.block_v)
     if template == "scalar_bwd":  # walks all V tiles of its chunk
         return 1

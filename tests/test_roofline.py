@@ -23,6 +23,7 @@ from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
     ForwardConfig,
+    PrepareKernelConfig,
     TileKernelConfig,
     default_config,
 )
@@ -107,6 +108,39 @@ def test_v_tiles_repeat_scores_and_gates() -> None:
     )
     assert two.programs == 2 * one.programs
     assert two.flops - one.flops == 8 * 2048 * 4 * 2 * 2 * 32 * 128
+
+
+def test_prepared_chunks_are_made_once_for_all_v_tiles() -> None:
+    wide = make_problem((8, 2048, 4, 128, 256))
+    config = ForwardConfig(
+        ChunkKernelConfig(64, 64, 4, 3), prepare=PrepareKernelConfig(64, 64, 4, 2)
+    )
+    prepare, walk = kernel_work(wide, config, H200)
+    tokens = 8 * 2048 * 4
+    # Cumulative gate and scores; then read-out, update, scores times values.
+    assert prepare.flops == tokens * (2 * 64 * 128 + 2 * 64 * 128)
+    assert prepare.exps == tokens * 2 * 128
+    assert walk.flops == tokens * (4 * 128 * 256 + 2 * 64 * 256)
+    assert walk.exps == 0
+    assert (prepare.programs, prepare.steps) == (tokens // 64, 1)
+    assert (walk.programs, walk.steps) == (8 * 4 * 4, 32)
+    # Scaled q and k, scores in bf16, the decay of a chunk in fp32.
+    made = tokens * (2 * 128 * 2 + 64 * 2 + 128 * 4 // 64)
+    assert prepare.bytes == tokens * 3 * 128 * 2 + made
+    assert walk.bytes == tokens * 2 * 256 * 2 + made
+
+
+def test_prepared_segments_read_what_was_prepared() -> None:
+    long = make_problem((1, 32768, 4, 256, 512))
+    tile = ChunkKernelConfig(32, 128, 8, 3)
+    config = ForwardConfig(tile, 2048, tile, PrepareKernelConfig(32, 64, 4, 2))
+    prepare, summary, combine, walk = kernel_work(long, config, H200)
+    assert prepare.programs == 4 * 32768 // 32
+    assert (summary.programs, summary.steps, summary.exps) == (4 * 4 * 15, 64, 0)
+    assert (walk.programs, walk.steps) == (4 * 4 * 16, 64)
+    states = 16 * 4 * 256 * 512 * 4
+    assert combine.bytes == 2 * states
+    assert summary.bytes == 15 * 2048 * 4 * (256 * 2 + 256 * 4 // 32 + 512 * 2) + states
 
 
 def test_backward_flops_by_hand() -> None:

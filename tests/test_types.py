@@ -32,6 +32,7 @@ from glac.configs import (
     ExactKernelConfig,
     ForwardConfig,
     KernelConfig,
+    PrepareKernelConfig,
     ScalarBackwardConfig,
     ScalarForwardConfig,
     TileKernelConfig,
@@ -112,8 +113,21 @@ TURNED_CONFIGS = st.builds(
     st.booleans(),
 )
 DECODE_CONFIGS = st.builds(DecodeKernelConfig, st.sampled_from(BLOCKS_V), st.sampled_from(WARPS))
-FORWARD_CONFIGS = st.builds(ForwardConfig, CHUNK_CONFIGS) | st.builds(
-    ForwardConfig, CHUNK_CONFIGS, st.sampled_from([128, 256, 1024]), CHUNK_CONFIGS
+PREPARE_CONFIGS = st.builds(
+    PrepareKernelConfig,
+    st.sampled_from(CHUNKS),
+    st.sampled_from(BLOCKS_K),
+    st.sampled_from(WARPS),
+    st.sampled_from(STAGES),
+)
+FORWARD_CONFIGS = st.builds(
+    ForwardConfig, CHUNK_CONFIGS, prepare=st.none() | PREPARE_CONFIGS
+) | st.builds(
+    ForwardConfig,
+    CHUNK_CONFIGS,
+    st.sampled_from([128, 256, 1024]),
+    CHUNK_CONFIGS,
+    st.none() | PREPARE_CONFIGS,
 )
 BACKWARD_CONFIGS = st.builds(
     BackwardConfig, CHUNK_CONFIGS, TILE_CONFIGS, st.none() | CHUNK_CONFIGS
@@ -130,6 +144,8 @@ JUNK = st.none() | st.booleans() | st.floats() | st.text() | st.lists(st.integer
 
 SPEC = Specialisation(128, 128, DType.BF16, Gate.VECTOR, DType.BF16)
 CONFIG = ForwardConfig(ChunkKernelConfig(32, 128, 8, 3))
+PREPARE = PrepareKernelConfig(32, 64, 4, 2)
+PREPARED = replace(CONFIG, prepare=PREPARE)
 BACKWARD = BackwardConfig(
     states=ChunkKernelConfig(16, 128, 8, 3),
     grads=TileKernelConfig(32, 64, 128, 4, 3),
@@ -162,7 +178,9 @@ STRICT: list[tuple[Any, Any]] = [
     (DecodeConfig, DecodeConfig(DecodeKernelConfig(32, 2))),
     (ScalarForwardConfig, ScalarForwardConfig(TurnedKernelConfig(32, 128, 8, 3))),
     (ScalarBackwardConfig, ScalarBackwardConfig(CONFIG.fwd, CONFIG.fwd)),
+    (PrepareKernelConfig, PREPARE),
     (ForwardConfig, CONFIG),
+    (ForwardConfig, PREPARED),
     (BackwardConfig, BACKWARD),
     (KernelSpec, KernelSpec("gla_fwd", SPEC, CONFIG.fwd, "sm_90a")),
     (KernelSpec, KernelSpec("gla_bwd", SPEC, BACKWARD.grads, "sm_90a")),
@@ -173,7 +191,9 @@ STRICT: list[tuple[Any, Any]] = [
 def test_from_dict_is_strict(case: tuple[Any, Any], data: st.DataObject) -> None:
     cls, value = case
     good = value.to_dict()
-    key = data.draw(st.sampled_from([field.name for field in fields(cls)]))
+    # A forward config without "prepare" is one from before there was any.
+    keys = [field.name for field in fields(cls) if (cls, field.name) != (ForwardConfig, "prepare")]
+    key = data.draw(st.sampled_from(keys))
     without = {k: v for k, v in good.items() if k != key}
     with pytest.raises(ConfigError, match="missing keys"):
         cls.from_dict(without)
@@ -307,6 +327,19 @@ def _chunk(**changes: Any) -> ChunkKernelConfig:
         (ForwardConfig(_chunk(), 96, _chunk(chunk=64)), "multiple of 64"),
         (ForwardConfig(_chunk(), -32, _chunk()), "segment must be a positive multiple"),
         (ForwardConfig(_chunk(), 256, _chunk(chunk=8)), "summary.chunk"),
+        (ForwardConfig(_chunk(), prepare=PREPARE), ""),
+        (ForwardConfig(_chunk(), 256, _chunk(), PREPARE), ""),
+        (ForwardConfig(_chunk(chunk=64), prepare=PREPARE), "fwd.chunk must be prepare.chunk 32"),
+        (ForwardConfig(_chunk(), 256, _chunk(chunk=64), PREPARE), "summary.chunk must be prepare"),
+        (ForwardConfig(_chunk(), prepare=replace(PREPARE, num_warps=3)), "prepare.num_warps must"),
+        (ForwardConfig(_chunk(), prepare=replace(PREPARE, block_k=256)), "exceeds K padded to"),
+        (ForwardConfig(_chunk(), 48, _chunk(), PREPARE), "segment must be a positive multiple"),
+        (
+            ForwardConfig(
+                _chunk(chunk=128, num_stages=4), prepare=PrepareKernelConfig(128, 64, 4, 2)
+            ),
+            "fwd: 3 stages of inputs need",
+        ),
     ],
 )
 def test_illegal(config: ForwardConfig, reason: str) -> None:
@@ -378,19 +411,56 @@ def test_default_is_legal(op: Op, spec: Specialisation, gpu: str, bucket: Bucket
     assert why_illegal(spec, config, GPUS[gpu]) is None
 
 
-@pytest.mark.parametrize("config", [CONFIG, ForwardConfig(_chunk(), 256, _chunk()), BACKWARD])
+def test_a_forward_config_from_before_prepare_is_read() -> None:
+    """Most rows have none, and those that were written before it look the same."""
+    assert "prepare" not in CONFIG.to_dict()
+    assert ForwardConfig.from_dict({**CONFIG.to_dict(), "prepare": None}) == CONFIG
+    with pytest.raises(ConfigError, match=r"config\.prepare: missing keys"):
+        ForwardConfig.from_dict({**CONFIG.to_dict(), "prepare": {}})
+
+
+def test_the_kernels_of_a_prepared_pass() -> None:
+    assert list(PREPARED.kernels()) == ["gla_prepare", "gla_walk"]
+    split = replace(PREPARED, segment=256, summary=_chunk())
+    order = ["gla_prepare", "gla_walk_states", "gla_combine", "gla_walk"]
+    assert list(split.kernels()) == order
+    assert {PREPARED.slug, split.slug, CONFIG.slug, replace(split, prepare=None).slug} == {
+        "c32_bv128_w8_s3",
+        "c32_bv128_w8_s3-pre_c32_bk64_w4_s2",
+        "c32_bv128_w8_s3-seg256-c32_bv128_w8_s3",
+        "c32_bv128_w8_s3-pre_c32_bk64_w4_s2-seg256-c32_bv128_w8_s3",
+    }
+    # All of them work on the same chunks.
+    shorter = split.with_part("fwd", replace(split.fwd, chunk=16))
+    assert shorter.prepare is not None
+    assert shorter.summary is not None
+    assert (shorter.prepare.chunk, shorter.summary.chunk) == (16, 16)
+    assert is_legal(SPEC, shorter, H100)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        ForwardConfig(_chunk(), 256, _chunk()),
+        ForwardConfig(_chunk(), 256, _chunk(), PREPARE),
+        BACKWARD,
+    ],
+)
 def test_parts_are_what_kernels_are_made_of(config: Config) -> None:
     kernels = config.kernels()
-    assert config.MAIN in kernels
+    assert config.main in kernels
     assert set(kernels) <= set(OP_TEMPLATES[config.op])
     assert set(config.PARTS) <= set(OP_TEMPLATES[config.op])
     for template, kernel in kernels.items():
         if template in config.PARTS:
             part = config.PARTS[template]
-            smaller = replace(getattr(config, part), block_v=16)
+            tile = "block_k" if part == "prepare" else "block_v"
+            change: dict[str, Any] = {tile: 16}
+            smaller = replace(getattr(config, part), **change)
             changed = config.with_part(part, smaller).kernels()[template]
             assert changed != kernel
-            assert getattr(changed, "block_v", 0) == 16
+            assert getattr(changed, tile, 0) == 16
 
 
 def test_the_exact_kernel_has_the_tile_of_the_fast_one() -> None:
@@ -422,7 +492,8 @@ def test_segments_cover_the_sequence(config: ForwardConfig, T: int) -> None:
         assert length == config.segment or MAX_SEGMENTS * config.segment < T
     else:
         assert config.segment == 0 or config.segment >= T
-    assert len(config.kernels()) == (3 if config.segment else 1)
+    extra = config.prepare is not None
+    assert len(config.kernels()) == (3 if config.segment else 1) + extra
 
 
 # GPUs.
@@ -451,6 +522,7 @@ KERNEL_CONFIG_STRATEGIES: dict[type[KernelConfig], st.SearchStrategy[Any]] = {
     ChunkKernelConfig: CHUNK_CONFIGS,
     TileKernelConfig: TILE_CONFIGS,
     ExactKernelConfig: EXACT_CONFIGS,
+    PrepareKernelConfig: PREPARE_CONFIGS,
     CombineKernelConfig: st.just(CombineKernelConfig()),
     TurnedKernelConfig: TURNED_CONFIGS,
     DecodeKernelConfig: DECODE_CONFIGS,
@@ -481,6 +553,10 @@ def test_tiles_cover_what_a_kernel_computes() -> None:
     spec = replace(SPEC, K=100, V=72)
     assert tiles("gla_fwd", spec, _chunk(block_v=32)) == 3
     assert tiles("gla_states", spec, _chunk(block_v=64)) == 2
+    assert tiles("gla_walk", spec, _chunk(block_v=64)) == 2
+    assert tiles("gla_prepare", spec, PREPARE) == 1
+    assert constants("gla_prepare", spec, PREPARE)["BC"] == 64
+    assert constants("gla_prepare", spec, PREPARE)["BK"] == 128
     assert tiles("gla_bwd", spec, _tile(block_k=64, block_v=32)) == 2 * 3
     assert tiles("gla_bwd_exact", spec, ExactKernelConfig(16, 32, 64, 4)) == 4 * 2
     assert tiles("gla_bwd_dv", spec, _chunk(block_v=64)) == 2

@@ -18,8 +18,14 @@ from torch import Tensor
 
 from glac import decode, scalar
 from glac.backward import cut, run_backward
-from glac.configs import BackwardConfig, Config, ForwardConfig, ScalarBackwardConfig
-from glac.forward import run_forward
+from glac.configs import (
+    BackwardConfig,
+    Config,
+    ForwardConfig,
+    ScalarBackwardConfig,
+    padded_k,
+)
+from glac.forward import chunk_slots, run_forward
 from glac.heads import HeadGroups
 from glac.plan import LOG2E, STEP_MIN, GateInput, Plan
 from glac.problem import Gate, Op, Problem
@@ -194,6 +200,12 @@ class ForwardCase(Case):
         if segments > 1:
             size = (problem.B * problem.H, segments, problem.spec.K, problem.spec.V)
             held += [(size, torch.float32), (size[:3], torch.float32)]
+        if config.prepare is not None:
+            chunk, keys = config.prepare.chunk, padded_k(problem.spec)
+            lead = (problem.B, problem.H, chunk_slots(problem, chunk))
+            tile = TORCH_DTYPES[state_dtype(problem.spec)]
+            held += [((*lead, chunk, keys), tile)] * 2
+            held += [((*lead, chunk, chunk), tile), ((*lead, keys), torch.float32)]
         return held
 
 

@@ -6,6 +6,8 @@ Forward:
     warps     4 8, and 2 for small tiles  stages    1 2 3 4
     tma       no, yes (Hopper)            segment   0, and powers of two from 256 to T/2
 
+    prepare   where V >= 2K, bf16 on Hopper: chunk 32 64, block_k 32 64, warps 2 4, stages 1 2 3
+
 Backward, the three kernels one after the other, so that each list is short:
 
     gradients of q, k, gate (and v)       chunk 16 32, block_k and block_v to 128, warps 4 8,
@@ -25,7 +27,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from glac.configs import (
     CHUNKS,
@@ -37,6 +39,7 @@ from glac.configs import (
     DecodeConfig,
     DecodeKernelConfig,
     ForwardConfig,
+    PrepareKernelConfig,
     ScalarBackwardConfig,
     ScalarForwardConfig,
     TileKernelConfig,
@@ -58,6 +61,21 @@ GRADS_TRIED, WHOLE_TRIED, STATES_TRIED, DV_TRIED = 5, 4, 3, 8
 """Of a backward problem: gradient kernels without and with dv, states kernels, dv kernels."""
 SCALAR_STATES_TRIED = 3
 """Of a backward problem with a scalar gate: states kernels for each gradient kernel."""
+PREPARES = {
+    32: (
+        PrepareKernelConfig(32, 64, 2, 2),
+        PrepareKernelConfig(32, 32, 4, 3),
+        PrepareKernelConfig(32, 64, 4, 2),
+    ),
+    64: (
+        PrepareKernelConfig(64, 64, 4, 2),
+        PrepareKernelConfig(64, 64, 4, 1),
+        PrepareKernelConfig(64, 32, 4, 3),
+    ),
+}
+"""For each chunk, the best first: measured on an H100 at K of 128 and 256."""
+PREPARED_SPLIT = 3
+"""Prepared configs of each segment length."""
 SMALLEST_SEGMENT = 256
 LONG_SEQUENCE = 8192
 PROGRAMS_PER_SM = 2
@@ -131,20 +149,29 @@ def _worth_compiling(config: ChunkKernelConfig, spec: Specialisation, gpu: GpuSp
 
 def _prior(config: ForwardConfig, problem: Problem, gpu: GpuSpec) -> float:
     """Smaller is more promising: distance from what has been fast on Hopper."""
-    spec, fwd = problem.spec, config.fwd
+    programs = problem.B * problem.H * math.ceil(problem.spec.V / config.fwd.block_v)
+    if config.segment:
+        programs *= config.segments(problem.T)
+    empty = math.log2(gpu.sm_count / programs)
+    cost = max(0.0, empty) + 0.5 * max(0.0, 1.0 + empty)
+    if config.segment:
+        cost += 0.8 + (1.0 if config.segment < 8 * config.fwd.chunk else 0.0)
+    if config.prepare is None:
+        return cost + _tile_prior(config.fwd, problem.spec)
+    # Before most others, where there are any.
+    choices = PREPARES[config.prepare.chunk]
+    return cost + 0.4 * choices.index(config.prepare) + 0.5 * abs(config.fwd.num_stages - 3)
+
+
+def _tile_prior(fwd: ChunkKernelConfig, spec: Specialisation) -> float:
+    """``_prior`` of the tile of ``gla_fwd`` alone."""
     size = 1 if spec.dtype is not DType.FP32 else 2
     block_v = min(padded_v(spec), max(32, 128 * 128 // (padded_k(spec) * size)))
     chunk = 32 if spec.dtype is DType.BF16 else 16
     cost = abs(math.log2(fwd.chunk / chunk)) + 1.5 * abs(math.log2(fwd.block_v / block_v))
     state = padded_k(spec) * fwd.block_v // (32 * fwd.num_warps)
     cost += 0.7 * abs(math.log2(state / 128)) if state >= 32 else 1.5
-    cost += 0.5 * abs(fwd.num_stages - 3) + (0.4 if fwd.tma else 0.0)
-    programs = problem.B * problem.H * math.ceil(spec.V / fwd.block_v)
-    if config.segment:
-        programs *= config.segments(problem.T)
-        cost += 0.8 + (1.0 if config.segment < 8 * fwd.chunk else 0.0)
-    empty = math.log2(gpu.sm_count / programs)
-    return cost + max(0.0, empty) + 0.5 * max(0.0, 1.0 + empty)
+    return cost + 0.5 * abs(fwd.num_stages - 3) + (0.4 if fwd.tma else 0.0)
 
 
 def _segment_lengths(problem: Problem, gpu: GpuSpec) -> list[int]:
@@ -165,6 +192,25 @@ def _segment_lengths(problem: Problem, gpu: GpuSpec) -> list[int]:
     return lengths[-6:]
 
 
+def _prepared_configs(problem: Problem, gpu: GpuSpec) -> list[ForwardConfig]:
+    """Whole sequences with ``gla_prepare``: pays where heads have several V tiles.
+
+    Measured on an H100 with bf16 inputs. A thread holds 64 values of the state, or 128 where K is
+    256: more spill, and fewer tiles of V read what was prepared less often.
+    """
+    spec = problem.spec
+    if spec.V < 2 * spec.K or spec.dtype is not DType.BF16 or gpu.capability < (9, 0):
+        return []
+    block_v, warps = (64, 4) if padded_k(spec) <= 128 else (128, 8)
+    found = [
+        ForwardConfig(ChunkKernelConfig(chunk, block_v, warps, stages, tma=True), prepare=prepare)
+        for chunk, prepares in PREPARES.items()
+        for stages in ((3, 4) if chunk == 32 else (2, 3))
+        for prepare in prepares
+    ]
+    return [config for config in found if why_illegal(spec, config, gpu) is None]
+
+
 def _forward_configs(
     problem: Problem, gpu: GpuSpec, default: ForwardConfig
 ) -> list[ForwardConfig]:
@@ -180,10 +226,19 @@ def _forward_configs(
     # with a summary kernel of the same tile.
     single.sort(key=lambda c: (_prior(c, problem, gpu), c.slug))
     lengths = _segment_lengths(problem, gpu)
-    room = min(60, max(20, EXHAUSTIVE - len(single) - 1)) // max(1, len(lengths))
+    prepared = _prepared_configs(problem, gpu)
+    prepared.sort(key=lambda c: (_prior(c, problem, gpu), c.slug))
+    split = [
+        replace(config, segment=length, summary=config.fwd)
+        for config in prepared[:PREPARED_SPLIT]
+        for length in lengths
+    ]
+    left = EXHAUSTIVE - len(single) - len(prepared) - len(split) - 1
+    room = min(60, max(20, left)) // max(1, len(lengths))
     walkers = [c.fwd for c in single if c.fwd.num_stages >= 2][:room]
-    split = [ForwardConfig(tile, length, tile) for tile in walkers for length in lengths]
-    legal = [c for c in (*single, *split) if why_illegal(spec, c, gpu) is None]
+    split += [ForwardConfig(tile, length, tile) for tile in walkers for length in lengths]
+    found = (*single, *prepared, *split)
+    legal = [c for c in found if why_illegal(spec, c, gpu) is None]
     legal = [c for c in dict.fromkeys(legal) if c != default]
     legal.sort(key=lambda c: (_prior(c, problem, gpu), c.slug))
     return legal

@@ -86,7 +86,7 @@ def main() -> int:
         return [rows.why_wrong(x, grads, do, dht) for grads in results]
 
     def wanted(row: PackRow) -> bool:
-        main_kernel = row.config.kernels()[row.config.MAIN]
+        main_kernel = row.config.kernels()[row.config.main]
         copies = "descriptors" if getattr(main_kernel, "tma", False) else "pointers"
         return options.copies in ("all", copies) and options.only in name_of(row)
 

@@ -20,6 +20,7 @@ from glac.configs import (
     ChunkKernelConfig,
     Config,
     ForwardConfig,
+    PrepareKernelConfig,
     TileKernelConfig,
     is_legal,
     padded_k,
@@ -95,10 +96,15 @@ def config(
     *,
     summary_chunk: int = 0,
     tma: bool = False,
+    prepare: int = 0,
 ) -> ForwardConfig:
+    """``prepare``: key channels at a time of ``gla_prepare``; 0: ``gla_fwd`` does its work."""
     fwd = ChunkKernelConfig(chunk, block_v, 4, 2, tma)
+    if prepare:
+        summary_chunk = chunk
     summary = replace(fwd, chunk=summary_chunk or chunk) if segment else None
-    return ForwardConfig(fwd, segment, summary)
+    before = PrepareKernelConfig(chunk, prepare, 4, 2) if prepare else None
+    return ForwardConfig(fwd, segment, summary, before)
 
 
 def legal(x: Inputs, cfg: Config) -> bool:
@@ -203,6 +209,7 @@ def configs(draw: st.DrawFn) -> ForwardConfig:
         segment,
         summary_chunk=summary,
         tma=draw(st.booleans()),
+        prepare=draw(st.sampled_from([0, 16, 32])),
     )
 
 

@@ -167,7 +167,8 @@ def assert_near(name: str, actual: Tensor, wanted: Tensor) -> None:
     assert error <= BUDGET, f"{name}: error {error:.2e}"
 
 
-def assert_right(x: Batch, fwd: ForwardConfig, bwd: BackwardConfig) -> None:
+def assert_right(x: Batch, fwd: ForwardConfig, bwd: BackwardConfig | None) -> None:
+    """Of the pass forward, and of the pass backward if it has a config."""
     wide = x.double()
     wanted = fallback.forward(
         x.problem, wide.q, wide.k, wide.v, wide.gate, SCALE, wide.state, True, 16, x.cu
@@ -175,6 +176,8 @@ def assert_right(x: Batch, fwd: ForwardConfig, bwd: BackwardConfig) -> None:
     for name, a, b in zip(("o", "state"), forward(x, fwd), wanted, strict=True):
         assert b is not None
         assert_near(name, a, b)
+    if bwd is None:
+        return
     grads = fallback.backward(
         x.problem,
         *(wide.q, wide.k, wide.v, wide.gate, SCALE, wide.state, wide.do, wide.dht),
@@ -190,6 +193,10 @@ def assert_right(x: Batch, fwd: ForwardConfig, bwd: BackwardConfig) -> None:
 
 def cut(segment: int, **options: Any) -> BackwardConfig:
     return replace(backward_config(**options), segment=segment)
+
+
+# The backward pass has one implementation: what follows leaves it out where it was checked.
+PREPARE = pytest.mark.parametrize("prepare", [0, 16], ids=["gla_fwd", "gla_walk"])
 
 
 @pytest.mark.parametrize("tokens", [33, 64, 70])
@@ -214,10 +221,18 @@ def test_a_few_segments_at_once(
     "heads", [(4, 2, 4), (2, 1, 2), (2, 4, 4), (4, 1, 1), (4, 1, 2), (1, 1, 2), (6, 3, 3)]
 )
 @pytest.mark.parametrize("segment", [0, 32])
-def test_grouped_heads(heads: tuple[int, int, int], segment: int) -> None:
+@PREPARE
+def test_grouped_heads(heads: tuple[int, int, int], segment: int, prepare: int) -> None:
     x = drawn(40, heads=heads, lowrank=segment == 32)
     bwd = cut(segment, dv_chunk=16) if segment else backward_config()
-    assert_right(x, config(16, 32, segment), bwd)
+    assert_right(x, config(16, 32, segment, prepare=prepare), None if prepare else bwd)
+
+
+@pytest.mark.parametrize("segment", [0, 32])
+@pytest.mark.parametrize("heads", [(4, 2, 4), (4, 1, 2), (6, 3, 3)])
+def test_prepared_grouped_heads_with_hard_gates(heads: tuple[int, int, int], segment: int) -> None:
+    x = drawn(70, heads=heads, hard=True)
+    assert_right(x, config(16, 32, segment, prepare=16), None)
 
 
 def test_groups_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,9 +244,11 @@ def test_groups_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     "lengths", [(20,), (0, 5, 0, 31, 0), (1, 1, 1), (16, 32, 48), (63, 1, 0, 32)]
 )
 @pytest.mark.parametrize("segment", [0, 32])
-def test_packed_batches(lengths: tuple[int, ...], segment: int) -> None:
+@PREPARE
+def test_packed_batches(lengths: tuple[int, ...], segment: int, prepare: int) -> None:
     x = drawn(sum(lengths), lengths=lengths)
-    assert_right(x, config(16, 16, segment), cut(segment, dv_chunk=16))
+    bwd = None if prepare else cut(segment, dv_chunk=16)
+    assert_right(x, config(16, 16, segment, prepare=prepare), bwd)
 
 
 @settings(max_examples=6)
@@ -243,6 +260,7 @@ def test_packed_batches(lengths: tuple[int, ...], segment: int) -> None:
     hard=st.booleans(),
     ends=st.booleans(),
     tma=st.booleans(),
+    prepare=st.sampled_from([0, 16]),
     seed=st.integers(0, 99),
 )
 def test_any_packed_batch(
@@ -253,6 +271,7 @@ def test_any_packed_batch(
     hard: bool,
     ends: bool,
     tma: bool,
+    prepare: int,
     seed: int,
 ) -> None:
     x = drawn(
@@ -264,14 +283,16 @@ def test_any_packed_batch(
         ends=ends,
         seed=seed,
     )
-    assert_right(x, config(16, 16, segment, tma=tma), cut(segment, dv_chunk=16, tma=tma))
+    fwd = config(16, 16, segment, tma=tma, prepare=prepare)
+    assert_right(x, fwd, cut(segment, dv_chunk=16, tma=tma))
 
 
 @pytest.mark.parametrize("segment", [0, 32])
 @pytest.mark.parametrize("hard", [False, True])
-def test_packed_is_separate_bit_for_bit(segment: int, hard: bool) -> None:
+@PREPARE
+def test_packed_is_separate_bit_for_bit(segment: int, hard: bool, prepare: int) -> None:
     x = drawn(75, lengths=(31, 0, 10, 34), heads=(2, 1, 2), hard=hard)
-    fwd, bwd = config(16, 16, segment), cut(segment or 64, dv_chunk=16)
+    fwd, bwd = config(16, 16, segment, prepare=prepare), cut(segment or 64, dv_chunk=16)
     o, state = forward(x, fwd)
     grads = backward(x, bwd)
     for n in (0, 2, 3):
@@ -289,9 +310,10 @@ def test_packed_is_separate_bit_for_bit(segment: int, hard: bool) -> None:
 
 @pytest.mark.parametrize("cu", [[0, 99], [5, 3, 1], [-4, 30], [3, 20, 60]])
 @pytest.mark.parametrize("segment", [0, 16])
-def test_wrong_boundaries_touch_nothing_else(cu: list[int], segment: int) -> None:
+@PREPARE
+def test_wrong_boundaries_touch_nothing_else(cu: list[int], segment: int, prepare: int) -> None:
     """Results mean nothing, but no kernel leaves its tensors (``guarded`` watches)."""
     x = drawn(40, lengths=(*(1,) * (len(cu) - 2), 42 - len(cu)), heads=(2, 2, 2))
     x = replace(x, cu=torch.tensor(cu, dtype=torch.int32))
-    forward(x, config(16, 16, segment))
+    forward(x, config(16, 16, segment, prepare=prepare))
     backward(x, cut(segment, dv_chunk=16))

@@ -23,6 +23,7 @@ pytestmark = [
 
 FP32, FP16 = torch.float32, torch.float16
 SIZES = st.sampled_from([4, 12, 16, 24])
+PREPARE = pytest.mark.parametrize("prepare", [0, 16], ids=["gla_fwd", "gla_walk"])
 
 
 def tokens_of(x: Inputs, begin: int, end: int | None = None) -> Inputs:
@@ -52,6 +53,8 @@ def difference(a: Tensor, b: Tensor, size: Tensor) -> float:
 )
 @example(70, 33, 16, 16, config(16, 16, 32), True, "vector", 0)
 @example(64, 32, 16, 16, config(32, 16, 32), False, "lowrank", 0)
+@example(70, 33, 16, 16, config(16, 16, 32, prepare=16), True, "vector", 0)
+@example(64, 31, 16, 16, config(32, 16, 32, prepare=16), False, "lowrank", 0)
 def test_split_with_a_carried_state_is_the_whole(
     tokens: int,
     where: int,
@@ -97,6 +100,8 @@ def test_split_with_a_carried_state_is_the_whole(
 )
 @example(33, 1, 16, FP32, config(32, 16, 32), "vector", 0)
 @example(1, 31, 16, FP16, config(32, 16), "vector", 0)
+@example(33, 1, 16, FP32, config(32, 16, 32, prepare=16), "vector", 0)
+@example(1, 31, 16, FP16, config(32, 16, prepare=16), "lowrank", 0)
 def test_appended_tokens_leave_earlier_outputs_bit_equal(
     tokens: int,
     more: int,
@@ -132,6 +137,7 @@ def test_appended_tokens_leave_earlier_outputs_bit_equal(
     seed=st.integers(0, 2**16),
 )
 @example(20, 1, config(32, 16), 0)
+@example(20, 1, config(32, 16, prepare=16), 0)
 def test_appended_resets_change_earlier_outputs_by_rounding_only(
     tokens: int, more: int, cfg: ForwardConfig, seed: int
 ) -> None:
@@ -164,12 +170,13 @@ def padded(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", [head_first, batch_inside, padded])
 @pytest.mark.parametrize("dtype", [FP32, FP16])
 @pytest.mark.parametrize(("keys", "values"), [(16, 32), (24, 8), (20, 12), (5, 7)])
+@PREPARE
 def test_layouts_give_the_same_bits(
-    layout: object, dtype: torch.dtype, keys: int, values: int
+    layout: object, dtype: torch.dtype, keys: int, values: int, prepare: int
 ) -> None:
     assert callable(layout)
     x = make_inputs(2, 35, 2, keys, values, dtype=dtype, initial_state=True)
-    cfg = config(16, 16, 32, tma=keys % 8 == values % 8 == 0)
+    cfg = config(16, 16, 32, tma=keys % 8 == values % 8 == 0, prepare=prepare)
     o, state = run(x, cfg)
     y = replace(x, q=layout(x.q), k=layout(x.k), v=layout(x.v), g=layout(x.g))
     assert not y.q.is_contiguous()
@@ -180,7 +187,8 @@ def test_layouts_give_the_same_bits(
 
 @pytest.mark.parametrize("sizes", [(16, 16), (12, 20)])
 @pytest.mark.parametrize("tma", [False, True])
-def test_slices_of_one_fused_tensor(sizes: tuple[int, int], tma: bool) -> None:
+@PREPARE
+def test_slices_of_one_fused_tensor(sizes: tuple[int, int], tma: bool, prepare: int) -> None:
     """q, k, v and g as a layer's one projection makes them."""
     keys, values = sizes
     x = make_inputs(2, 35, 2, keys, values, dtype=FP32)
@@ -191,7 +199,7 @@ def test_slices_of_one_fused_tensor(sizes: tuple[int, int], tma: bool) -> None:
     flat = torch.cat([t.flatten(2) for t in parts], -1)
     pieces = torch.split(flat, [2 * width for width in widths], -1)
     per_tensor = [torch.unflatten(piece, -1, (2, -1)) for piece in pieces]
-    cfg = config(16, 16, 32, tma=tma)
+    cfg = config(16, 16, 32, tma=tma, prepare=prepare)
     o, state = run(x, cfg)
     for q, k, v, g in (per_head, per_tensor):
         assert not q.is_contiguous()
@@ -200,27 +208,41 @@ def test_slices_of_one_fused_tensor(sizes: tuple[int, int], tma: bool) -> None:
         assert torch.equal(state, other_state)
 
 
-def test_one_head_for_all_and_one_gate_for_all() -> None:
+@PREPARE
+def test_one_head_for_all_and_one_gate_for_all(prepare: int) -> None:
     """Expanded tensors: strides of 0."""
     x = make_inputs(2, 20, 2, 16, 16, dtype=FP32)
     assert x.g is not None
     q, g = x.q[:, :, :1].expand_as(x.q), x.g[:1].expand_as(x.g)
-    o, _ = run(replace(x, q=q, g=g), config())
-    wanted, _ = run(replace(x, q=q.contiguous(), g=g.contiguous()), config())
+    cfg = config(prepare=prepare)
+    o, _ = run(replace(x, q=q, g=g), cfg)
+    wanted, _ = run(replace(x, q=q.contiguous(), g=g.contiguous()), cfg)
     assert torch.equal(o, wanted)
 
 
-def test_low_rank_input_that_is_a_slice() -> None:
+@PREPARE
+def test_low_rank_input_that_is_a_slice(prepare: int) -> None:
     x = make_inputs(2, 35, 2, 16, 16, dtype=FP32, gate="lowrank", rank=8)
     assert x.x is not None
     wide = torch.cat((x.x, x.x * math.nan), -1)
-    o, _ = run(x, config(16, 16, 32))
-    other, _ = run(replace(x, x=wide[..., :8]), config(16, 16, 32))
+    cfg = config(16, 16, 32, prepare=prepare)
+    o, _ = run(x, cfg)
+    other, _ = run(replace(x, x=wide[..., :8]), cfg)
     assert torch.equal(o, other)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 33, 70])
-@pytest.mark.parametrize("cfg", [config(), config(16, 16, 32), config(32, 16, tma=True)])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        config(),
+        config(16, 16, 32),
+        config(32, 16, tma=True),
+        config(prepare=16),
+        config(16, 16, 32, prepare=16),
+        config(32, 16, tma=True, prepare=16),
+    ],
+)
 def test_every_element_is_written(tokens: int, cfg: ForwardConfig) -> None:
     """Output, state and scratch hold NaN before the launch (see ``run``)."""
     assert bool(nan_filled(2, dtype=FP32).isnan().all())
@@ -230,10 +252,11 @@ def test_every_element_is_written(tokens: int, cfg: ForwardConfig) -> None:
     assert not bool(state.isnan().any())
 
 
-def test_repeats_are_bit_equal() -> None:
+@PREPARE
+def test_repeats_are_bit_equal(prepare: int) -> None:
     x = make_inputs(1, 40, 2, 16, 16, dtype=FP16, initial_state=True)
     x = replace(x, g=hard_gates(x.q.shape, dtype=FP16))
-    cfg = config(16, 16, 32)
+    cfg = config(16, 16, 32, prepare=prepare)
     o, state = run(x, cfg)
     again, state_again = run(x, cfg)
     assert torch.equal(o, again)

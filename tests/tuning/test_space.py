@@ -95,6 +95,17 @@ def test_backward_can_be_tried_whole(problem: Problem) -> None:
     assert not any(c.grads.tma or c.states.tma for c in backward(problem, "a100"))
 
 
+def test_prepared_passes_only_where_a_head_has_several_tiles() -> None:
+    wide, square = make_problem((8, 2048, 4, 128, 256)), make_problem((8, 2048, 4, 128, 128))
+    assert {c.prepare.chunk for c in forward(wide) if c.prepare} == {32, 64}
+    assert any(c.segment and c.prepare for c in forward(wide))
+    assert any(c.prepare is None for c in forward(wide)[1:])
+    assert not any(c.prepare for c in forward(square))
+    assert not any(c.prepare for c in forward(wide, "a100"))
+    half = make_problem((8, 2048, 4, 128, 256), dtype=DType.FP16)
+    assert not any(c.prepare for c in forward(half))
+
+
 def test_segments_only_where_programs_are_few() -> None:
     many = make_problem((16, 2048, 32, 128, 128))
     few = make_problem((1, 4096, 4, 128, 128))
