@@ -494,8 +494,12 @@ def build(
 
 def _emit_c(packs: Sequence[Pack], folder: Path) -> list[Path]:
     """C sources beside the packs."""
-    from glac.emit_c import write_c
+    from glac.emit_c import left_out, write_c
 
+    for item in packs:
+        for row in left_out(item):
+            note = f"{row.spec.slug} for {row.gpu} walks prepared chunks: no C function"
+            click.echo(f"warning: {note}", err=True)
     return [path for item in packs for path in write_c(item, folder)]
 
 

@@ -41,6 +41,8 @@ class _Function:
 def write_c(pack: Pack, folder: Path) -> list[Path]:
     """Write ``glac_<arch>.h`` and ``glac_<arch>.c`` for the forward rows of a pack.
 
+    ``left_out`` tells which rows are not among them.
+
     Returns:
         Both paths.
 
@@ -121,6 +123,12 @@ def function_names(pack: Pack) -> dict[tuple[Specialisation, ForwardConfig], str
     return {(item.spec, item.config): item.name for item in _functions(pack)}
 
 
+def left_out(pack: Pack) -> list[PackRow]:
+    """Forward rows without a C function: those that walk prepared chunks have none yet."""
+    forward = (row for row in pack.rows if isinstance(row.config, ForwardConfig))
+    return [row for row in forward if row.config.prepare is not None]
+
+
 def _filled(text: str, fields: Mapping[str, str]) -> str:
     for name, value in fields.items():
         text = text.replace(f"@{name}@", value)
@@ -132,7 +140,7 @@ def _functions(pack: Pack) -> list[_Function]:
     prefix = f"glac_{pack.arch.replace('_', '')}"
     groups: dict[tuple[Specialisation, ForwardConfig], list[PackRow]] = {}
     for row in pack.rows:
-        if isinstance(row.config, ForwardConfig):
+        if isinstance(row.config, ForwardConfig) and row.config.prepare is None:
             groups.setdefault((row.spec, row.config), []).append(row)
     found: list[_Function] = []
     taken: set[str] = set()

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from glac.configs import ChunkKernelConfig, ForwardConfig
-from glac.emit_c import c_sources, function_names, write_c
+from glac.configs import ChunkKernelConfig, ForwardConfig, PrepareKernelConfig
+from glac.emit_c import c_sources, function_names, left_out, write_c
 from glac.errors import GlacError, PackError
 from glac.forward import run_forward
 from glac.kernelspec import config_kernels
@@ -36,6 +36,7 @@ CHUNK = ChunkKernelConfig(chunk=32, block_v=16, num_warps=4, num_stages=2)
 DENSE = Specialisation(K, V, DType.BF16, Gate.VECTOR, DType.FP32)
 LOWRANK = Specialisation(K, V, DType.BF16, Gate.LOWRANK, DType.BF16, RANK)
 WHOLE, SPLIT = ForwardConfig(CHUNK), ForwardConfig(CHUNK, 64, CHUNK)
+PREPARED = ForwardConfig(CHUNK, prepare=PrepareKernelConfig(32, 32, 4, 2))
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
@@ -120,6 +121,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
         PackRow.make("h100", "tuned", "Some GPU", LOWRANK, Bucket(5, 9), SPLIT),
         PackRow.make("h200", "heuristic", "", LOWRANK, Bucket(5, 9), WHOLE),
         PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), BACKWARD),
+        PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), PREPARED),
     ]
     kernels = dict.fromkeys(k for r in rows for k in config_kernels(r.spec, r.config, "sm_90a"))
     path = tmp_path_factory.mktemp("emit") / "sm_90a"
@@ -132,6 +134,11 @@ NAMES = {
     (LOWRANK, SPLIT): "glac_sm90a_fwd_k64_v48_lowrank16_bf16_bh5_t9",
     (LOWRANK, WHOLE): "glac_sm90a_fwd_k64_v48_lowrank16_bf16_bh5_t9_h200",
 }
+
+
+def test_rows_of_prepared_chunks_have_no_function(pack: Pack) -> None:
+    assert set(function_names(pack)) == set(NAMES)
+    assert [(row.spec, row.config) for row in left_out(pack)] == [(VECTOR, PREPARED)]
 
 
 class Built:
