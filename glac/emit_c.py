@@ -125,8 +125,11 @@ def function_names(pack: Pack) -> dict[tuple[Specialisation, ForwardConfig], str
 
 def left_out(pack: Pack) -> list[PackRow]:
     """Forward rows without a C function: those that walk prepared chunks have none yet."""
-    forward = (row for row in pack.rows if isinstance(row.config, ForwardConfig))
-    return [row for row in forward if row.config.prepare is not None]
+    return [
+        row
+        for row in pack.rows
+        if isinstance(row.config, ForwardConfig) and row.config.prepare is not None
+    ]
 
 
 def _filled(text: str, fields: Mapping[str, str]) -> str:

@@ -36,7 +36,7 @@ CHUNK = ChunkKernelConfig(chunk=32, block_v=16, num_warps=4, num_stages=2)
 DENSE = Specialisation(K, V, DType.BF16, Gate.VECTOR, DType.FP32)
 LOWRANK = Specialisation(K, V, DType.BF16, Gate.LOWRANK, DType.BF16, RANK)
 WHOLE, SPLIT = ForwardConfig(CHUNK), ForwardConfig(CHUNK, 64, CHUNK)
-PREPARED = ForwardConfig(CHUNK, prepare=PrepareKernelConfig(32, 32, 4, 2))
+PREPARED = ForwardConfig(CHUNK, prepare=PrepareKernelConfig(32, 16, 4, 2))
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
