@@ -200,7 +200,7 @@ def _planned(
             for dtype in dtypes:
                 if not any(row.problem.spec.dtype is dtype for row in chosen):
                     chosen += [_of_dtype(dtype, row) for row in _default_rows(gpu, op)]
-            of_op = chosen
+            of_op = list(dict.fromkeys(chosen))  # wide gates and others may now be the same
         rows += of_op
         sources += [(file, op) for file in files]
     return rows, sources

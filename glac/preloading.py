@@ -108,7 +108,9 @@ def _each(problems: Iterable[Problem], ops: Iterable[Op]) -> Iterator[tuple[Op, 
     ops = list(ops)
     for problem in problems:
         for op in ops:
-            yield op, problem
+            # A gate has passes of its own; any problem of few tokens may also be decoded.
+            if op in problem.ops or op in problem.spec.gate.passes:
+                yield op, problem
 
 
 def _rows_here(index: int, ops: list[Op]) -> Iterator[tuple[Op, Problem]]:

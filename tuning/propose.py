@@ -67,14 +67,18 @@ def coordinates(config: Config) -> Coordinates:
             **_tile("", config.grads),
             **_tile("states_", config.states),
             **_tile("dv_", values),
+            "segment": _exponent(config.segment),
         }
     if not isinstance(config, ForwardConfig):
         return _numbers("", config.to_dict())
     other = config.summary is not None and config.summary != config.fwd
+    prepare = _tile("prepare_", config.prepare) if config.prepare is not None else {}
     return {
         **_tile("", config.fwd),
         "segment": _exponent(config.segment),
         "summary_differs": int(other),
+        "prepared": int(config.prepare is not None),
+        **prepare,
     }
 
 

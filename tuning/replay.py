@@ -26,8 +26,14 @@ from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
     Config,
+    DecodeConfig,
+    DecodeKernelConfig,
     ForwardConfig,
+    PrepareKernelConfig,
+    ScalarBackwardConfig,
+    ScalarForwardConfig,
     TileKernelConfig,
+    TurnedKernelConfig,
     default_config,
 )
 from glac.errors import ConfigError, GlacError, StudyError
@@ -41,6 +47,8 @@ REPLAY_SESSION = "glac.tuning.replay:replay_session"
 
 _WALK = re.compile(r"c(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?")
 _TILE = re.compile(r"c(\d+)_bk(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?(_dv)?")
+_PREPARE = re.compile(r"c(\d+)_bk(\d+)_w(\d+)_s(\d+)")
+_DECODE = re.compile(r"bv(\d+)_w(\d+)")
 _GATE = re.compile(r"([a-z]+)(\d*)")
 
 
@@ -61,23 +69,50 @@ def _tile(slug: str) -> TileKernelConfig:
     return TileKernelConfig(chunk, block_k, block_v, warps, stages, tma, dv)
 
 
-def parse_slug(slug: str) -> Config:
-    """The config whose ``slug`` this is.
+def _prepare(slug: str) -> PrepareKernelConfig:
+    found = _PREPARE.fullmatch(slug)
+    if not found:
+        raise ValueError(f"{slug!r} is no kernel such as c32_bk64_w2_s2")
+    return PrepareKernelConfig(*map(int, found.groups()))
+
+
+def _turned(slug: str) -> TurnedKernelConfig:
+    tile = _walk(slug.removesuffix("_turned"))
+    return TurnedKernelConfig(**tile.to_dict(), turned=slug.endswith("_turned"))
+
+
+def _config(slug: str, gate: Gate) -> Config:
+    """The config of a slug, if it is one; some slugs mean what the gate says."""
+    main, *rest = slug.split("-")
+    if found := _DECODE.fullmatch(main):
+        return DecodeConfig(DecodeKernelConfig(*map(int, found.groups())))
+    # A segment's length is followed by the kernel that summarises segments.
+    named: dict[str, str] = {}
+    for part in rest:
+        key = next((k for k in ("st_", "dv_", "pre_", "seg") if part.startswith(k)), "")
+        named[key.rstrip("_") or "summary"] = part.removeprefix(key)
+    segment = int(named.get("seg", 0))
+    if gate.is_scalar:
+        if "st" in named:
+            return ScalarBackwardConfig(_walk(named["st"]), _walk(main))
+        return ScalarForwardConfig(_turned(main))
+    if "_bk" in main:
+        dv = _walk(named["dv"]) if "dv" in named else None
+        return BackwardConfig(_walk(named["st"]), _tile(main), dv, segment)
+    summary = _walk(named["summary"]) if "summary" in named else None
+    prepare = _prepare(named["pre"]) if "pre" in named else None
+    return ForwardConfig(_walk(main), segment, summary, prepare)
+
+
+def parse_slug(slug: str, gate: Gate = Gate.VECTOR) -> Config:
+    """The config whose ``slug`` this is, for problems with such a gate.
 
     Raises:
         ConfigError: it is nobody's.
     """
-    parts = slug.split("-")
     config: Config | None = None
     try:
-        if "_bk" in parts[0]:
-            values = {part[:2]: part[3:] for part in parts[1:] if part[2:3] == "_"}
-            dv = _walk(values["dv"]) if "dv" in values else None
-            config = BackwardConfig(_walk(values["st"]), _tile(parts[0]), dv)
-        elif len(parts) == 3 and parts[1].startswith("seg"):
-            config = ForwardConfig(_walk(parts[0]), int(parts[1][3:]), _walk(parts[2]))
-        elif len(parts) == 1:
-            config = ForwardConfig(_walk(parts[0]))
+        config = _config(slug, gate)
     except (ValueError, KeyError) as error:
         raise ConfigError(f"config: {slug!r} cannot be read ({error})") from None
     if config is None or config.slug != slug:
@@ -168,8 +203,9 @@ def load_table(path: Path | str) -> Table:
                 try:
                     if None in row.values() or None in row:
                         raise ConfigError("row: wanted as many fields as the header has")
-                    config = parse_slug(row["config"])
-                    rows = found.setdefault((_problem(row), config.op), {})
+                    problem = _problem(row)
+                    config = parse_slug(row["config"], problem.spec.gate)
+                    rows = found.setdefault((problem, config.op), {})
                     if config in rows:
                         raise ConfigError(f"config: {config.slug} is given twice")
                     rows[config] = _outcome(row)

@@ -32,9 +32,11 @@ def tune(*words: object) -> int:
 
 @pytest.mark.parametrize("op", list(Op))
 def test_every_candidate_is_found_by_its_name(op: Op) -> None:
-    for problem in SUITES["standard"]:
+    for problem in (*SUITES["standard"], *SUITES["scalar"], *SUITES["decode"]):
+        if op not in problem.ops:
+            continue
         for config in space(problem, GPUS["h100"], op=op).configs:
-            assert parse_slug(config.slug) == config
+            assert parse_slug(config.slug, problem.spec.gate) == config
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "s.journal"
-    spaces = [space(PROBLEM, GPUS["h200"], "quick", op) for op in Op]
+    spaces = [space(PROBLEM, GPUS["h200"], "quick", op) for op in PROBLEM.ops]
     table: dict[str, float | Outcome] = {}
     for item in spaces:
         for index, config in enumerate(item.configs):
