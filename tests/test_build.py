@@ -27,7 +27,7 @@ from glac.errors import CompileError, ConfigError, GlacError, MissingEnvironment
 from glac.gpus import GPUS
 from glac.kernelspec import KernelSpec
 from glac.pack import read_pack
-from glac.problem import DType, Op, Problem
+from glac.problem import DType, Gate, Op, Problem
 from glac.templates import templates_sha256
 from glac.tuned import TunedFile, dump_tuned
 from tests.helpers_packs import (
