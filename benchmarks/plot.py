@@ -390,7 +390,7 @@ def draw(data: PlotData, out: Path) -> None:
     pyplot = _pyplot()
     groups = max(len(panel.groups) for panel in data.panels)
     entries = len(data.panels[0].series) + 1  # and the floor
-    columns = min(entries, 3)
+    columns = min(entries, 3 if groups > 3 else 2)  # a narrow figure has no room for three
     head = 0.5 + 0.22 * -(-entries // columns)
     if groups <= MOST_BARS:
         figure, axes = pyplot.subplots(
