@@ -41,20 +41,16 @@ share a state, and the output has as many heads as the queries. Nothing is copie
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from glac import fast
 from glac.autograd import attend, attend_bound, remember
-from glac.decode import recurrent_gla, recurrent_gla_lowrank
 from glac.errors import InputError
 from glac.plan import STEP_MIN, GateInput
 from glac.problem import Problem
-from glac.scalar import ScalarInputs
-from glac.scalar import check as check_scalar_gated
-from glac.scalar_autograd import attend as attend_scalar
 from glac.settings import checked_mode
 from glac.validate import (
     check_boundaries,
@@ -74,6 +70,20 @@ __all__ = [
     "recurrent_gla",
     "recurrent_gla_lowrank",
 ]
+
+if TYPE_CHECKING:
+    from glac.decode import recurrent_gla, recurrent_gla_lowrank
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Decoding is loaded when it is asked for: training need not wait for it."""
+        if name in ("recurrent_gla", "recurrent_gla_lowrank"):
+            from glac import decode
+
+            found = globals()[name] = getattr(decode, name)
+            return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 StateLayout = Literal["kv", "vk"]
 
@@ -351,8 +361,8 @@ def chunk_simple_gla(
     """
     if g is None:
         raise InputError("g must be [B, T, H], got None", hint="chunk_linear_attn has no gate")
-    i = ScalarInputs(q, k, v, g, initial_state, cu_seqlens)
-    return _scalar(i, scale, output_final_state, chunk_size)
+    tensors = (q, k, v, g, initial_state, cu_seqlens)
+    return _scalar(tensors, scale, output_final_state, chunk_size)
 
 
 def chunk_retention(
@@ -394,8 +404,8 @@ def chunk_retention(
             f"g must be [H], one decay per head, got shape {tuple(g.shape)}",
             hint="chunk_simple_gla takes a gate for each token, [B, T, H]",
         )
-    i = ScalarInputs(q, k, v, g, initial_state, cu_seqlens)
-    return _scalar(i, scale, output_final_state, chunk_size)
+    tensors = (q, k, v, g, initial_state, cu_seqlens)
+    return _scalar(tensors, scale, output_final_state, chunk_size)
 
 
 def chunk_linear_attn(
@@ -423,14 +433,22 @@ def chunk_linear_attn(
     Raises:
         InputError, InputTypeError, KernelNotFoundError, NotDifferentiableError: likewise.
     """
-    i = ScalarInputs(q, k, v, None, initial_state, cu_seqlens)
-    return _scalar(i, scale, output_final_state, chunk_size)
+    tensors = (q, k, v, None, initial_state, cu_seqlens)
+    return _scalar(tensors, scale, output_final_state, chunk_size)
 
 
 def _scalar(
-    i: ScalarInputs, scale: float | None, output_final_state: bool, chunk_size: int | None
+    tensors: tuple[Any, ...],
+    scale: float | None,
+    output_final_state: bool,
+    chunk_size: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    problem = check_scalar_gated(i).problem
+    # Here, because who calls chunk_gla alone should not wait for them at import.
+    from glac.scalar import ScalarInputs, check
+    from glac.scalar_autograd import attend as attend_scalar
+
+    i = ScalarInputs(*tensors)
+    problem = check(i).problem
     factor = problem.spec.K**-0.5 if scale is None else check_scalar("scale", scale)
     chunk = check_chunk_size(chunk_size)
     return attend_scalar(i, factor, bool(output_final_state), chunk)

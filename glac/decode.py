@@ -10,7 +10,6 @@ the shapes, strides and dtypes of an earlier one is neither checked nor resolved
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from glac.errors import InputError, InputTypeError, NotDifferentiableError
 from glac.heads import HeadGroups, check_sizes, head_groups
 from glac.plan import LOG2E, STEP_MIN, Plan
 from glac.problem import LOWRANK_RANKS, DType, Gate, Op, Problem, Specialisation
+from glac.record import dataclass
 from glac.settings import checked_mode
 from glac.templates import stride_unit, tiles
 from glac.validate import (

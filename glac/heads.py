@@ -8,12 +8,11 @@ multiple of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from glac.errors import InputError
 from glac.problem import MAX_K, MAX_V
+from glac.record import dataclass
 from glac.validate import MAX_TOKEN_STRIDE
 
 

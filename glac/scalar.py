@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from glac.errors import InputError
 from glac.heads import HeadGroups, check_sizes, head_groups
 from glac.plan import Plan, strides
 from glac.problem import DType, Gate, Op, Problem, Specialisation
+from glac.record import dataclass
 from glac.settings import checked_mode
 from glac.templates import state_dtype, stride_unit, tiles
 from glac.validate import (
