@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from glac.configs import (
     EXACT_ROWS,
@@ -31,8 +31,7 @@ from glac.record import dataclass
 TEMPLATE_DIR = Path(__file__).parent / "kernel_templates"
 
 
-@dataclass(frozen=True)
-class Arg:
+class Arg(NamedTuple):
     """A kernel parameter. ``kind``: a key of ``POINTERS``, i32 or fp32."""
 
     name: str
