@@ -19,7 +19,7 @@ from glac import dispatch
 from glac.autograd import _observed as observed
 from glac.configs import DecodeConfig
 from glac.errors import InputError, InputTypeError, NotDifferentiableError
-from glac.heads import HeadGroups, check_sizes, head_groups
+from glac.heads import HeadGroups, head_groups
 from glac.plan import LOG2E, STEP_MIN, Plan
 from glac.problem import LOWRANK_RANKS, DType, Gate, Op, Problem, Specialisation
 from glac.record import dataclass
@@ -30,12 +30,13 @@ from glac.validate import (
     MAX_PROGRAMS,
     check_gate_values,
     check_scalar,
+    check_sizes,
+    same_device,
+    want_dtype,
+    want_rank,
+    want_shape,
+    want_tensor,
 )
-from glac.validate import _same_device as same_device
-from glac.validate import _want_dtype as want_dtype
-from glac.validate import _want_rank as want_rank
-from glac.validate import _want_shape as want_shape
-from glac.validate import _want_tensor as want_tensor
 
 STATE_DTYPES = {torch.float32: 1, torch.bfloat16: 2}
 """Dtypes a state may be stored in, as the kernel counts them."""

@@ -11,9 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from glac.errors import InputError
-from glac.problem import MAX_K, MAX_V
 from glac.record import dataclass
-from glac.validate import MAX_TOKEN_STRIDE
 
 
 @dataclass(frozen=True)
@@ -62,23 +60,3 @@ def head_groups(Hq: int, Hk: int, Hs: int) -> HeadGroups:
         )
     heads = max(Hq, Hs)
     return HeadGroups(heads // Hq, heads // Hk, heads // Hs)
-
-
-def check_sizes(K: int, V: int, heads: int) -> None:
-    """Refuse what no kernel addresses.
-
-    Raises:
-        InputError: channels or heads are out of range.
-    """
-    for name, size, limit in (("K", K, MAX_K), ("V", V, MAX_V)):
-        if not 1 <= size <= limit:
-            raise InputError(
-                f"{name} must be in 1..{limit} channels per head, got {size}",
-                hint="use more heads of fewer channels" if size > limit else "",
-            )
-    if heads * max(K, V) >= MAX_TOKEN_STRIDE:
-        raise InputError(
-            f"one token has {heads * max(K, V)} elements ({heads} heads, K={K}, V={V}), "
-            f"fewer than {MAX_TOKEN_STRIDE} are addressable",
-            hint="split the heads over several calls",
-        )

@@ -21,7 +21,7 @@ from glac import dispatch
 from glac.configs import ScalarBackwardConfig, ScalarForwardConfig
 from glac.engine import contiguous, laid_out
 from glac.errors import InputError
-from glac.heads import HeadGroups, check_sizes, head_groups
+from glac.heads import HeadGroups, head_groups
 from glac.plan import Plan, strides
 from glac.problem import DType, Gate, Op, Problem, Specialisation
 from glac.record import dataclass
@@ -32,12 +32,13 @@ from glac.validate import (
     MAX_PROGRAMS,
     TORCH_DTYPES,
     check_gate_values,
+    check_sizes,
+    same_device,
+    want_dtype,
+    want_rank,
+    want_shape,
+    want_tensor,
 )
-from glac.validate import _same_device as same_device
-from glac.validate import _want_dtype as want_dtype
-from glac.validate import _want_rank as want_rank
-from glac.validate import _want_shape as want_shape
-from glac.validate import _want_tensor as want_tensor
 
 Result = tuple[Tensor, Tensor | None]
 """``o`` and the final state, if asked for."""

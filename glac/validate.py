@@ -35,7 +35,7 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _want_tensor(name: str, value: object) -> None:
+def want_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise InputTypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout is not torch.strided or value.is_nested:
@@ -45,7 +45,7 @@ def _want_tensor(name: str, value: object) -> None:
         )
 
 
-def _want_rank(name: str, tensor: Tensor, layout: str) -> None:
+def want_rank(name: str, tensor: Tensor, layout: str) -> None:
     rank = layout.count(",") + 1
     if tensor.dim() != rank:
         raise InputError(
@@ -54,12 +54,12 @@ def _want_rank(name: str, tensor: Tensor, layout: str) -> None:
         )
 
 
-def _want_shape(name: str, tensor: Tensor, layout: str, wanted: Sequence[int]) -> None:
+def want_shape(name: str, tensor: Tensor, layout: str, wanted: Sequence[int]) -> None:
     if _shape(tensor) != tuple(wanted):
         raise InputError(f"{name} must be {layout} = {tuple(wanted)}, got {_shape(tensor)}")
 
 
-def _want_dtype(name: str, tensor: Tensor, wanted: Sequence[torch.dtype], why: str) -> None:
+def want_dtype(name: str, tensor: Tensor, wanted: Sequence[torch.dtype], why: str) -> None:
     if tensor.dtype not in wanted:
         names = " or ".join(str(d) for d in wanted)
         raise InputTypeError(f"{name} must be {names} ({why}), got {tensor.dtype}")
@@ -159,14 +159,14 @@ def _check_cu(cu_seqlens: Tensor | None, q: Tensor) -> int:
     """How many sequences a packed batch has; 0 without ``cu_seqlens``."""
     if cu_seqlens is None:
         return 0
-    _want_tensor("cu_seqlens", cu_seqlens)
+    want_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise InputError(
             f"cu_seqlens must be [N + 1] with N >= 1 sequences, got shape {_shape(cu_seqlens)}",
             hint="the first token of each sequence, and the number of all tokens: [0, 5, 12]",
         )
     integers = (torch.int32, torch.int64)
-    _want_dtype("cu_seqlens", cu_seqlens, integers, "positions of tokens")
+    want_dtype("cu_seqlens", cu_seqlens, integers, "positions of tokens")
     if q.shape[0] != 1:
         raise InputError(
             f"with cu_seqlens the batch is packed into one row, got q of shape {_shape(q)}",
@@ -175,44 +175,53 @@ def _check_cu(cu_seqlens: Tensor | None, q: Tensor) -> int:
     return cu_seqlens.shape[0] - 1
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> _Sizes:
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        _want_tensor(name, value)
-    _want_rank("q", q, "[B, T, H, K]")
-    _want_rank("k", k, "[B, T, H, K]")
-    _want_rank("v", v, "[B, T, H, V]")
-    B, T, q_heads, K = q.shape
-    k_heads, v_heads, V = k.shape[2], v.shape[2], v.shape[3]
-    _want_shape("k", k, "[B, T, Hk, K]", (B, T, k_heads, K))
-    _want_shape("v", v, "[B, T, Hs, V]", (B, T, v_heads, V))
-    for name, size in (("B", B), ("T", T), ("H", min(q_heads, k_heads, v_heads))):
-        if size < 1:
-            raise InputError(f"{name} must be at least 1, got q of shape {_shape(q)}")
-    _check_heads(q, k, v)
-    H = max(q_heads, v_heads)
+def check_sizes(K: int, V: int, H: int) -> None:
+    """Refuse what no kernel addresses: channels per head, and elements of a token in H heads.
+
+    Raises:
+        InputError: channels or heads are out of range.
+    """
     for name, size, limit in (("K", K, MAX_K), ("V", V, MAX_V)):
         if not 1 <= size <= limit:
             raise InputError(
                 f"{name} must be in 1..{limit} channels per head, got {size}",
                 hint="use more heads of fewer channels" if size > limit else "",
             )
-    if max(H * K, H * V) >= MAX_TOKEN_STRIDE:
+    if H * max(K, V) >= MAX_TOKEN_STRIDE:
         raise InputError(
-            f"one token has {max(H * K, H * V)} elements (H={H}, K={K}, V={V}), "
+            f"one token has {H * max(K, V)} elements (H={H}, K={K}, V={V}), "
             f"fewer than {MAX_TOKEN_STRIDE} are addressable",
             hint="split the heads over several calls",
         )
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> _Sizes:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        want_tensor(name, value)
+    want_rank("q", q, "[B, T, H, K]")
+    want_rank("k", k, "[B, T, H, K]")
+    want_rank("v", v, "[B, T, H, V]")
+    B, T, q_heads, K = q.shape
+    k_heads, v_heads, V = k.shape[2], v.shape[2], v.shape[3]
+    want_shape("k", k, "[B, T, Hk, K]", (B, T, k_heads, K))
+    want_shape("v", v, "[B, T, Hs, V]", (B, T, v_heads, V))
+    for name, size in (("B", B), ("T", T), ("H", min(q_heads, k_heads, v_heads))):
+        if size < 1:
+            raise InputError(f"{name} must be at least 1, got q of shape {_shape(q)}")
+    _check_heads(q, k, v)
+    H = max(q_heads, v_heads)
+    check_sizes(K, V, H)
     if T > MAX_TOKENS:
         raise InputError(f"T must be below 2^31 - 65536, got {T}")
     if q.dtype not in DTYPES:
         raise InputTypeError(f"q must be {_SUPPORTED}, got {q.dtype}")
-    _want_dtype("k", k, (q.dtype,), "as q")
-    _want_dtype("v", v, (q.dtype,), "as q")
+    want_dtype("k", k, (q.dtype,), "as q")
+    want_dtype("v", v, (q.dtype,), "as q")
     packed = _check_cu(cu_seqlens, q)
     return _Sizes(B, T, H, K, V, DTYPES[q.dtype], packed, q_heads, k_heads, v_heads)
 
 
-def _same_device(q: Tensor, **others: Tensor | None) -> None:
+def same_device(q: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != q.device:
             raise InputTypeError(
@@ -224,10 +233,10 @@ def _same_device(q: Tensor, **others: Tensor | None) -> None:
 def _check_state(state: Tensor | None, wanted: tuple[int, int, int, int]) -> None:
     if state is None:
         return
-    _want_tensor("initial_state", state)
-    _want_rank("initial_state", state, "[N, Hs, K, V]")
-    _want_shape("initial_state", state, "[N, Hs, K, V]", wanted)
-    _want_dtype("initial_state", state, (torch.float32,), "states are fp32")
+    want_tensor("initial_state", state)
+    want_rank("initial_state", state, "[N, Hs, K, V]")
+    want_shape("initial_state", state, "[N, Hs, K, V]", wanted)
+    want_dtype("initial_state", state, (torch.float32,), "states are fp32")
 
 
 def check_vector(
@@ -240,12 +249,12 @@ def check_vector(
 ) -> Problem:
     """Validate the arguments of ``chunk_gla``."""
     sizes = _check_qkv(q, k, v, cu_seqlens)
-    _want_tensor("g", g)
-    _want_rank("g", g, "[B, T, H, K]")
-    _want_shape("g", g, "[B, T, Hs, K]", (sizes.B, sizes.T, sizes.state_heads, sizes.K))
-    _want_dtype("g", g, tuple({q.dtype: 0, torch.float32: 0}), "q's dtype or float32")
+    want_tensor("g", g)
+    want_rank("g", g, "[B, T, H, K]")
+    want_shape("g", g, "[B, T, Hs, K]", (sizes.B, sizes.T, sizes.state_heads, sizes.K))
+    want_dtype("g", g, tuple({q.dtype: 0, torch.float32: 0}), "q's dtype or float32")
     _check_state(initial_state, sizes.state_shape)
-    _same_device(q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    same_device(q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
     return sizes.problem(Gate.VECTOR, DTYPES[g.dtype])
 
 
@@ -261,8 +270,8 @@ def check_lowrank(
 ) -> Problem:
     """Validate the arguments of ``chunk_gla_lowrank``."""
     sizes = _check_qkv(q, k, v, cu_seqlens)
-    _want_tensor("x", x)
-    _want_rank("x", x, "[B, T, R]")
+    want_tensor("x", x)
+    want_rank("x", x, "[B, T, R]")
     rank = x.shape[2]
     if rank not in LOWRANK_RANKS:
         raise InputError(
@@ -270,21 +279,21 @@ def check_lowrank(
             hint="compute the gate yourself and call chunk_gla for other ranks",
         )
     channels = sizes.state_heads * sizes.K
-    _want_shape("x", x, "[B, T, R]", (sizes.B, sizes.T, rank))
-    _want_tensor("weight", weight)
-    _want_rank("weight", weight, "[Hs*K, R]")
-    _want_shape("weight", weight, "[Hs*K, R]", (channels, rank))
-    _want_dtype("x", x, (q.dtype,), "as q")
-    _want_dtype("weight", weight, (q.dtype,), "as q")
+    want_shape("x", x, "[B, T, R]", (sizes.B, sizes.T, rank))
+    want_tensor("weight", weight)
+    want_rank("weight", weight, "[Hs*K, R]")
+    want_shape("weight", weight, "[Hs*K, R]", (channels, rank))
+    want_dtype("x", x, (q.dtype,), "as q")
+    want_dtype("weight", weight, (q.dtype,), "as q")
     gate_dtype = sizes.dtype
     if bias is not None:
-        _want_tensor("bias", bias)
-        _want_rank("bias", bias, "[Hs*K]")
-        _want_shape("bias", bias, "[Hs*K]", (channels,))
-        _want_dtype("bias", bias, tuple({q.dtype: 0, torch.float32: 0}), "q's dtype or float32")
+        want_tensor("bias", bias)
+        want_rank("bias", bias, "[Hs*K]")
+        want_shape("bias", bias, "[Hs*K]", (channels,))
+        want_dtype("bias", bias, tuple({q.dtype: 0, torch.float32: 0}), "q's dtype or float32")
         gate_dtype = DTYPES[bias.dtype]
     _check_state(initial_state, sizes.state_shape)
-    _same_device(
+    same_device(
         q,
         k=k,
         v=v,
