@@ -94,7 +94,8 @@ def call_of(row: TunedRow, kernels: Mapping[str, Any]) -> Callable[[], object]:
 
     from glac.backward import run_backward
     from glac.forward import run_forward
-    from glac.plan import GateInput, Plan
+    from glac.gate import GateInput
+    from glac.plan import Plan
     from glac.testing import problem_inputs
 
     x = problem_inputs(row.problem, device="cuda")

@@ -49,7 +49,7 @@ from torch import Tensor
 from glac import fast
 from glac.autograd import attend, attend_bound, remember
 from glac.errors import InputError
-from glac.plan import STEP_MIN, GateInput
+from glac.gate import STEP_MIN, GateInput
 from glac.problem import Problem
 from glac.settings import checked_mode
 from glac.validate import (

@@ -20,12 +20,16 @@ from torch.autograd import forward_ad
 
 from glac import engine, fast, ops
 from glac.errors import NotDifferentiableError
-from glac.plan import GateInput
+from glac.gate import GateInput
 from glac.problem import Problem
 
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
 _ordinary = torch._C._disabled_torch_dispatch_impl
+
+
+def _on_gpu(q: Tensor) -> bool:
+    return q.is_cuda
 
 
 class Call(NamedTuple):
@@ -142,12 +146,14 @@ def remember(
     chunk_size: int,
 ) -> None:
     """Let ``glac.fast`` remember a call that went well, under the key that it gave for it."""
-    if key is None:
+    if key is None or key in fast.bound or not _on_gpu(q):
         return
+    from glac.binding import bind
+
     call = Call(
         problem, gate.inv_normalizer, gate.clamp, scale, output_final_state, chunk_size, key
     )
-    fast.bind(key, problem, q, k, v, gate, scale, initial_state, output_final_state, call)
+    bind(key, problem, q, k, v, gate, scale, initial_state, output_final_state, call)
 
 
 def _numbers(gate: GateInput) -> tuple[float, ...]:
@@ -216,9 +222,11 @@ def _backward(
         dh0=dh0,
         cu=cu,
     )
-    if key is not None:
+    if key is not None and key not in fast.bound and _on_gpu(q):
+        from glac.binding import bind_backward
+
         arguments = (call.problem, q, k, v, gate, call.scale, initial_state, do, dht, dh0)
-        fast.bind_backward(key, *arguments)
+        bind_backward(key, *arguments)
     return dq, dk, dv, *dgates, dstate, None
 
 

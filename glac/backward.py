@@ -24,15 +24,8 @@ import math
 from typing import TYPE_CHECKING
 
 from glac.configs import BackwardConfig
-from glac.plan import (
-    GateInput,
-    Gradients,
-    Plan,
-    gate_arguments,
-    segment_states,
-    segments_of,
-    strides,
-)
+from glac.gate import GateInput, Gradients
+from glac.plan import Plan, gate_arguments, segment_states, segments_of, strides
 from glac.problem import Problem
 from glac.record import dataclass
 from glac.templates import state_dtype, stride_unit, tiles

@@ -19,8 +19,9 @@ from glac import dispatch
 from glac.autograd import _observed as observed
 from glac.configs import DecodeConfig
 from glac.errors import InputError, InputTypeError, NotDifferentiableError
+from glac.gate import LOG2E, STEP_MIN
 from glac.heads import HeadGroups, head_groups
-from glac.plan import LOG2E, STEP_MIN, Plan
+from glac.plan import Plan
 from glac.problem import LOWRANK_RANKS, DType, Gate, Op, Problem, Specialisation
 from glac.record import dataclass
 from glac.settings import checked_mode

@@ -93,16 +93,19 @@ _stats = Stats()
 _served: dict[tuple[Op, Specialisation, Bucket, int], tuple[Decision, Kernels | None]] = {}
 
 
-bound: dict[Any, Any] = {}
-"""Calls that ``glac.fast`` remembers; they hold decisions, so they are forgotten with them."""
-
-
 def _after_fork() -> None:
     """In a child: what was loaded is not there, nor a thread that may have held the lock."""
     global _lock
     _lock = threading.RLock()
     _served.clear()
-    bound.clear()
+    _forget_bound()
+
+
+def _forget_bound() -> None:
+    """Calls that ``glac.fast`` remembers hold decisions, so they are forgotten with them."""
+    fast = sys.modules.get("glac.fast")  # with PyTorch, which deciding does not need
+    if fast:
+        fast.bound.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -128,7 +131,7 @@ def clear() -> None:
     with _lock:
         _generation += 1
         _served.clear()
-        bound.clear()
+        _forget_bound()
         _stats.decisions.clear()
         _stats.compiled = 0
         installed_packs.cache_clear()

@@ -15,8 +15,8 @@ from glac.atomic import write_text
 from glac.configs import MAX_SEGMENTS, ForwardConfig
 from glac.errors import GlacError, PackError
 from glac.fit import oldest_cuda
+from glac.gate import LOG2E, STEP_MIN
 from glac.pack import Pack, PackedKernel, PackRow
-from glac.plan import LOG2E, STEP_MIN
 from glac.problem import Gate, Specialisation
 from glac.record import dataclass
 from glac.templates import stride_unit, tiles

@@ -1,24 +1,27 @@
 """One pass over real tensors: by kernels where ``glac.dispatch`` has some, else by PyTorch.
 
-Nothing here records gradients; ``glac.autograd`` and ``glac.ops`` join the two passes.
+Nothing here records gradients; ``glac.autograd`` and ``glac.ops`` join the two passes. Dispatch,
+packs and launchers are imported by the first call on a GPU, so that importing glac is half as much
+work.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from glac import dispatch
-from glac.configs import MAX_SEGMENTS
 from glac.errors import KernelNotFoundError
-from glac.forward import run_forward
-from glac.plan import GateInput, Gradients
+from glac.gate import GateInput, Gradients
 from glac.problem import Op, Problem, Specialisation
 from glac.settings import checked_mode, require_aot
-from glac.templates import stride_unit
-from glac.validate import MAX_PROGRAMS, MAX_TOKEN_STRIDE, check_gate_values
+from glac.validate import MAX_PROGRAMS, check_gate_values
+
+if TYPE_CHECKING:
+    from glac.dispatch import Decision
+    from glac.plan import Plan
 
 Result = tuple[Tensor, Tensor | None]
 """``o`` and the final state, if asked for."""
@@ -27,69 +30,22 @@ _warned: set[Specialisation] = set()
 """Specialisations whose backward pass is not served by kernels while the forward pass is."""
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    """A contiguous copy in memory of its own, hence aligned."""
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def laid_out(tensor: Tensor, unit: int) -> Tensor:
-    """``tensor`` in a layout the kernels read: a copy only where its own layout is unusable.
-
-    Usable: last dimension contiguous, strides in whole units and in range, 16-byte aligned.
-    """
-    batch, token, head, last = tensor.stride()
-    width = tensor.shape[-1]
-    usable = (
-        (last == 1 or width == 1)
-        and batch % unit == token % unit == head % unit == 0
-        and batch < unit * 2**31
-        and head < unit * 2**31
-        and width <= token < MAX_TOKEN_STRIDE
-        and tensor.data_ptr() % 16 == 0
-    )
-    return tensor if usable else _copied(tensor)
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """``tensor`` contiguous and 16-byte aligned: a copy only where it is not."""
-    if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
-        return tensor
-    return _copied(tensor)
-
-
-def _launchable(problem: Problem, q: Tensor) -> bool:
+def launchable(problem: Problem, q: Tensor) -> bool:
     """Whether kernels could serve a problem, if there are any: it is on a GPU and fits a grid."""
     if not q.is_cuda:
         return False
+    from glac.configs import MAX_SEGMENTS
+
     # The largest grid any config has; launches count programs in 31 bits.
     tiles = -(-max(problem.spec.K, problem.spec.V) // 16)
     segments = MAX_SEGMENTS + problem.packed
     return problem.B * problem.H * tiles * segments <= MAX_PROGRAMS
 
 
-def _boundaries(cu: Tensor | None) -> Tensor | None:
-    """``cu_seqlens`` as kernels read it. From int64 that is one more launch."""
-    return None if cu is None else contiguous(cu.to(torch.int32))
+def _resolve(problem: Problem, q: Tensor, op: Op) -> tuple[Decision, Plan[Any] | None]:
+    from glac import dispatch
 
-
-def _laid_out_inputs(
-    spec: Specialisation, q: Tensor, k: Tensor, v: Tensor, gate: GateInput
-) -> tuple[Tensor, Tensor, Tensor, GateInput]:
-    unit_k = stride_unit(spec.K)
-    if gate.lowrank:
-        x, weight, bias = gate.tensors
-        assert x is not None
-        x = laid_out(x.unsqueeze(2), stride_unit(spec.rank)).squeeze(2)
-        tensors: tuple[Tensor | None, ...] = (x, contiguous(weight), contiguous(bias))
-    else:
-        assert gate.tensors[0] is not None
-        tensors = (laid_out(gate.tensors[0], unit_k),)
-    return (
-        laid_out(q, unit_k),
-        laid_out(k, unit_k),
-        laid_out(v, stride_unit(spec.V)),
-        GateInput(tensors, gate.inv_normalizer, gate.clamp),
-    )
+    return dispatch.resolve(problem, q.device.index, op)
 
 
 def forward(
@@ -128,15 +84,18 @@ def forward(
     if not gate.lowrank and checked_mode():
         assert gate.tensors[0] is not None
         check_gate_values(gate.tensors[0])
-    plan = dispatch.resolve(problem, q.device.index)[1] if _launchable(problem, q) else None
+    plan = _resolve(problem, q, Op.FORWARD)[1] if launchable(problem, q) else None
     if plan is None:
         from glac import fallback
 
         return fallback.forward(
             problem, q, k, v, gate, scale, initial_state, output_final_state, chunk_size, cu
         )
-    q, k, v, gate = _laid_out_inputs(problem.spec, q, k, v, gate)
-    start, cu = contiguous(initial_state), _boundaries(cu)
+    from glac.forward import run_forward
+    from glac.layouts import boundaries, contiguous, laid_out_inputs
+
+    q, k, v, gate = laid_out_inputs(problem.spec, q, k, v, gate)
+    start, cu = contiguous(initial_state), boundaries(cu)
     arguments = (plan, q, k, v, gate, scale, start, output_final_state, cu)
     if torch.cuda.current_device() == q.device.index:  # the guard alone costs 5 us
         return run_forward(*arguments)
@@ -183,8 +142,8 @@ def backward(
         KernelNotFoundError: ``GLAC_REQUIRE_AOT=1`` and no pack has a backward kernel.
     """
     plan = None
-    if _launchable(problem, q):
-        decision, plan = dispatch.resolve(problem, q.device.index, Op.BACKWARD)
+    if launchable(problem, q):
+        decision, plan = _resolve(problem, q, Op.BACKWARD)
         if plan is None:
             _warn_of_slow_backward(problem, q, decision.reason)
     if plan is None:
@@ -194,11 +153,13 @@ def backward(
             problem, q, k, v, gate, scale, initial_state, do, dht, chunk_size, dh0, cu
         )
     from glac.backward import run_backward
+    from glac.layouts import boundaries, contiguous, laid_out, laid_out_inputs
+    from glac.templates import stride_unit
 
-    q, k, v, gate = _laid_out_inputs(problem.spec, q, k, v, gate)
+    q, k, v, gate = laid_out_inputs(problem.spec, q, k, v, gate)
     do = laid_out(do, stride_unit(problem.spec.V))
     arguments = (plan, q, k, v, gate, scale, contiguous(initial_state), do, contiguous(dht))
-    cu = _boundaries(cu)
+    cu = boundaries(cu)
     if torch.cuda.current_device() == q.device.index:
         return run_backward(*arguments, dh0=dh0, cu=cu)
     with torch.cuda.device(q.device):
@@ -211,10 +172,10 @@ def require_backward(problem: Problem, q: Tensor) -> None:
     Raises:
         KernelNotFoundError: ``GLAC_REQUIRE_AOT=1`` and no pack has a backward kernel.
     """
-    if not (require_aot() and _launchable(problem, q)):
+    if not (require_aot() and launchable(problem, q)):
         return
     try:
-        dispatch.resolve(problem, q.device.index, Op.BACKWARD)
+        _resolve(problem, q, Op.BACKWARD)
     except KernelNotFoundError as error:
         raise KernelNotFoundError(
             error.message, hint=f"{error.hint}; or call it in torch.no_grad(), without gradients"
@@ -224,7 +185,7 @@ def require_backward(problem: Problem, q: Tensor) -> None:
 def _warn_of_slow_backward(problem: Problem, q: Tensor, reason: str) -> None:
     """Once per specialisation, where the forward pass has kernels."""
     spec = problem.spec
-    if spec in _warned or dispatch.resolve(problem, q.device.index)[1] is None:
+    if spec in _warned or _resolve(problem, q, Op.FORWARD)[1] is None:
         return
     _warned.add(spec)
     warnings.warn(

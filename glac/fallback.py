@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glac import reference
-from glac.plan import STEP_MIN, GateInput, Gradients
+from glac.gate import STEP_MIN, GateInput, Gradients
 from glac.problem import Problem
 
 Result = tuple[Tensor, Tensor | None]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from glac.configs import CombineKernelConfig, ForwardConfig, padded_k
-from glac.plan import GateInput, Plan, gate_arguments, segment_states, segments_of, strides
+from glac.gate import GateInput
+from glac.plan import Plan, gate_arguments, segment_states, segments_of, strides
 from glac.problem import Problem
 from glac.templates import state_dtype, stride_unit, tiles
 from glac.validate import TORCH_DTYPES

@@ -6,23 +6,16 @@ The same code serves the CUDA driver and Triton's interpreter; they differ only 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from glac.configs import ChunkKernelConfig, CombineKernelConfig, Config, segmentation
+from glac.gate import LOG2E, STEP_MIN, GateInput
 from glac.problem import Problem, Specialisation
 from glac.record import dataclass
 from glac.templates import stride_unit, tiles
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LOG2E = 1.4426950408889634
-STEP_MIN = -111.0
-"""No step decays by more than e^-111 (2^-160, which is 0 in fp32)."""
-
-
-Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...], Tensor | None]"
-"""``dq``, ``dk``, ``dv``, one gradient for each tensor of the gate, and ``dh0`` if asked for."""
 
 
 class Kernel(Protocol):
@@ -31,22 +24,6 @@ class Kernel(Protocol):
     def run(self, tensors: Sequence[Tensor | None], scalars: Sequence[Any], grid: int) -> None:
         """Launch ``grid`` programs with the pointers of ``tensors`` and then ``scalars``."""
         ...
-
-
-@dataclass(frozen=True)
-class GateInput:
-    """The gate as it came: ``tensors`` is ``(g,)`` or ``(x, weight, bias or None)``.
-
-    ``inv_normalizer`` and ``clamp`` (natural log) belong to the low-rank gate.
-    """
-
-    tensors: tuple[Tensor | None, ...]
-    inv_normalizer: float = 1.0
-    clamp: float = STEP_MIN
-
-    @property
-    def lowrank(self) -> bool:
-        return len(self.tensors) == 3
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from glac import dispatch
 from glac.configs import ScalarBackwardConfig, ScalarForwardConfig
-from glac.engine import contiguous, laid_out
 from glac.errors import InputError
 from glac.heads import HeadGroups, head_groups
+from glac.layouts import contiguous, laid_out
 from glac.plan import Plan, strides
 from glac.problem import DType, Gate, Op, Problem, Specialisation
 from glac.record import dataclass

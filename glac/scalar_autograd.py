@@ -23,7 +23,7 @@ from glac.autograd import _observed as observed
 from glac.autograd import _transforms as transforms
 from glac.autograd import _wants_grad as wants_grad
 from glac.errors import KernelNotFoundError
-from glac.ops import library, no_second_derivative, wanted
+from glac.ops import define_passes, no_second_derivative, wanted
 from glac.problem import Op
 from glac.scalar import ScalarInputs
 from glac.settings import require_aot
@@ -213,13 +213,13 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     return *(t.new_empty(t.shape) for t in (i.q, i.k, i.v)), dg, dh0
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:_COUNT])
     ctx.numbers = inputs[_COUNT:]
 
 
-def _differentiate(ctx: Any, do: Tensor | None, dht: Tensor | None) -> Any:
+def _differentiate(ctx: Any, needs: Sequence[bool], do: Tensor | None, dht: Tensor | None) -> Any:
     inputs = ctx.saved_tensors
     scale, output_final_state, chunk_size = ctx.numbers
     dht = dht if output_final_state else None
@@ -228,34 +228,19 @@ def _differentiate(ctx: Any, do: Tensor | None, dht: Tensor | None) -> Any:
     if do is None:
         do = _no_do(*inputs[:3])
     grads = chunk_simple_gla_bwd(*inputs, do, dht, scale, chunk_size)
-    return *wanted(ctx.needs_input_grad, (*grads, None)), None, None, None
+    return *wanted(needs, (*grads, None)), None, None, None
 
 
-def _refuse(ctx: Any, *grads: Tensor | None) -> Any:
-    raise no_second_derivative()
-
-
-def _register() -> tuple[Any, Any]:
-    forward, backward = "chunk_simple_gla_fwd", "chunk_simple_gla_bwd"
-    library.define(
-        f"{forward}({_TENSORS}, float scale, bool output_final_state, int chunk_size)"
-        " -> (Tensor o, Tensor final_state)"
-    )
-    library.define(
-        f"{backward}({_TENSORS}, Tensor do, Tensor? dht, float scale, int chunk_size)"
-        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dh0)"
-    )
-    for name, run, fake in (
-        (forward, _op_forward, _fake_forward),
-        (backward, _op_backward, _fake_backward),
-    ):
-        library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"glac::{name}", fake, lib=library)
-    torch.library.register_autograd(
-        f"glac::{forward}", _differentiate, setup_context=_save, lib=library
-    )
-    torch.library.register_autograd(f"glac::{backward}", _refuse, lib=library)
-    return torch.ops.glac.chunk_simple_gla_fwd.default, torch.ops.glac.chunk_simple_gla_bwd.default
-
-
-chunk_simple_gla_fwd, chunk_simple_gla_bwd = _register()
+chunk_simple_gla_fwd, chunk_simple_gla_bwd = define_passes(
+    "chunk_simple_gla",
+    (
+        f"({_TENSORS}, float scale, bool output_final_state, int chunk_size)"
+        " -> (Tensor o, Tensor final_state)",
+        f"({_TENSORS}, Tensor do, Tensor? dht, float scale, int chunk_size)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dh0)",
+    ),
+    (_op_forward, _op_backward),
+    (_fake_forward, _fake_backward),
+    _save,
+    _differentiate,
+)

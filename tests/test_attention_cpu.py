@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glac.attention import chunk_gla, chunk_gla_lowrank
-from glac.engine import contiguous, laid_out
+from glac.layouts import contiguous, laid_out
 from glac.reference import lowrank_gate, recurrent_gla, relative_rms, yardstick_chunk_gla
 from glac.testing import Inputs, hard_gates, make_inputs
 from glac.validate import MAX_TOKEN_STRIDE

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from glac import dispatch, engine
 from glac.attention import chunk_gla, chunk_gla_lowrank
 from glac.errors import KernelNotFoundError, NotDifferentiableError
-from glac.plan import Gradients
+from glac.gate import Gradients
 from glac.problem import Op
 from glac.reference import lowrank_gate, recurrent_gla, relative_rms
 from glac.settings import require_aot
@@ -542,13 +542,13 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
 
     def by_torch(problem: Any, run: Any, *args: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "_launchable", lambda problem, q: False)
+            patch.setattr(engine, "launchable", lambda problem, q: False)
             return run(problem, *args, **options)
 
-    monkeypatch.setattr(engine, "_launchable", lambda problem, q: True)
+    monkeypatch.setattr(engine, "launchable", lambda problem, q: True)
     monkeypatch.setattr(engine, "_warned", set())
     monkeypatch.setattr(dispatch, "resolve", resolve)
-    monkeypatch.setattr(engine, "run_forward", run_forward)
+    monkeypatch.setattr("glac.forward.run_forward", run_forward)
     module = SimpleNamespace(run_backward=run_backward)
     monkeypatch.setitem(sys.modules, "glac.backward", module)  # imported by the first backward
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)

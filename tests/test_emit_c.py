@@ -23,9 +23,10 @@ from glac.configs import ChunkKernelConfig, ForwardConfig, PrepareKernelConfig
 from glac.emit_c import c_sources, function_names, left_out, write_c
 from glac.errors import GlacError, PackError
 from glac.forward import run_forward
+from glac.gate import GateInput
 from glac.kernelspec import config_kernels
 from glac.pack import Pack, PackRow, read_pack, write_pack
-from glac.plan import GateInput, Plan
+from glac.plan import Plan
 from glac.problem import Bucket, DType, Gate, Problem, Specialisation
 from glac.validate import check_lowrank, check_vector
 from tests.helpers_packs import BACKWARD, FAKE_TOOLS, VECTOR, fake_compiled, fake_pack

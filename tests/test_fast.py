@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glac import dispatch, driver, engine, fast, launch
+from glac import autograd, binding, dispatch, driver, engine, fast, launch
 from glac.attention import chunk_gla, chunk_gla_lowrank
 from glac.configs import (
     BackwardConfig,
@@ -69,14 +69,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr(driver, "_library", lambda: library)
     monkeypatch.setattr(driver, "_launcher", lambda: taken)
     monkeypatch.setattr(driver.DriverKernel, "_check_parameters", lambda *args: None)
-    monkeypatch.setattr(engine, "_launchable", lambda problem, q: True)
+    monkeypatch.setattr(engine, "launchable", lambda problem, q: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
     monkeypatch.setattr(fast, "_raw_stream", lambda index: 5)
     monkeypatch.setattr(fast, "_current_device", lambda: None)
-    monkeypatch.setattr(fast, "_on_gpu", lambda q: True)
+    monkeypatch.setattr(autograd, "_on_gpu", lambda q: True)
     monkeypatch.delenv("GLAC_CHECKED", raising=False)
     monkeypatch.delenv("GLAC_REQUIRE_AOT", raising=False)
     # No address comes twice, so that each stands for one tensor.
@@ -183,13 +183,13 @@ def test_forward(launches: Launches, configs: str, lowrank: bool, states: bool) 
     h0 = torch.randn(B, H, K, V) if states else None
     options: dict[str, Any] = {"initial_state": h0, "output_final_state": states, "scale": 0.25}
     (o, final), first = run(launches, lambda: function(*x, **options), *x, h0)
-    assert len(dispatch.bound) == 1
+    assert len(fast.bound) == 1
     assert (final is not None) == states
     # Other tensors like these, in other places.
     y = tuple(t.clone() for t in x)
     again = None if h0 is None else h0.clone()
     options["initial_state"] = again
-    bound = next(iter(dispatch.bound.values()))
+    bound = next(iter(fast.bound.values()))
     assert isinstance(bound, fast.Bound)
     (o2, final2), second = run(launches, lambda: function(*y, **options), *y, again)
     assert second == first
@@ -199,14 +199,14 @@ def test_forward(launches: Launches, configs: str, lowrank: bool, states: bool) 
         assert (final2.shape, final2.dtype) == (final.shape, final.dtype)
     assert not o2.requires_grad
     # And it was the short way: with the long one gone it still works.
-    assert next(iter(dispatch.bound.values())) is bound
+    assert next(iter(fast.bound.values())) is bound
 
 
 def test_one_tensor_in_two_places(launches: Launches, configs: str) -> None:
     q, k, v, g = inputs()
     chunk_gla(q, q, v, g)
     _, got = run(launches, lambda: chunk_gla(q, k, v, g), q, k, v, g)
-    dispatch.bound.clear()
+    fast.bound.clear()
     _, wanted = run(launches, lambda: chunk_gla(q, k, v, g), q, k, v, g)
     assert got == wanted
 
@@ -228,11 +228,11 @@ def test_backward(
         return torch.autograd.grad([o, final], leaves, [do, dht])
 
     first_grads, first = run(launches, call, *x, h0, do, dht)
-    remembered = list(dispatch.bound.values())
+    remembered = list(fast.bound.values())
     grads, second = run(launches, call, *x, h0, do, dht)
     assert second == first
     assert [(g.shape, g.dtype) for g in grads] == [(g.shape, g.dtype) for g in first_grads]
-    assert list(dispatch.bound.values()) == remembered
+    assert list(fast.bound.values()) == remembered
     assert isinstance(remembered[0], fast.Bound)
     # Gradients that are sums of parts go the long way, which is remembered too.
     assert isinstance(remembered[1], fast.Bound) == (configs != "tiles")
@@ -252,7 +252,7 @@ def test_gradients_of_a_low_rank_gate_go_the_long_way(launches: Launches, config
     _, first = run(launches, call, *x, do)
     _, second = run(launches, call, *x, do)
     assert [item[0] for item in first] == [item[0] for item in second]
-    assert list(dispatch.bound.values())[1] is fast.NEVER
+    assert list(fast.bound.values())[1] is fast.NEVER
 
 
 LONG: dict[str, Any] = {
@@ -275,8 +275,8 @@ def test_what_makes_a_call_another_one(launches: Launches, configs: str, change:
     chunk_gla(*x)
     args, options = LONG[change](x)
     _, got = run(launches, lambda: chunk_gla(*args, **options), *args)
-    assert len(dispatch.bound) == 2
-    dispatch.bound.clear()
+    assert len(fast.bound) == 2
+    fast.bound.clear()
     _, wanted = run(launches, lambda: chunk_gla(*args, **options), *args)
     assert got == wanted
 
@@ -294,9 +294,9 @@ def test_unaligned_tensors_are_copied(launches: Launches, configs: str) -> None:
     assert seen[2][0] not in (odd.data_ptr(), x[0].data_ptr())
     assert all(value % 16 == 0 for value in seen[2][:5])
     # Nor is such a call remembered as one that never can be.
-    dispatch.bound.clear()
+    fast.bound.clear()
     chunk_gla(odd, *x[1:])
-    assert dispatch.bound == {}
+    assert fast.bound == {}
 
 
 @pytest.mark.parametrize("configs", ["whole"], indirect=True)
@@ -307,7 +307,7 @@ def test_layouts_that_need_copies_never_go_the_short_way(launches: Launches, con
         launches.seen.clear()
         chunk_gla(q, k, v, g)
         assert launches.seen[0][2][0] != q.data_ptr()
-    assert list(dispatch.bound.values()) == [fast.NEVER]
+    assert list(fast.bound.values()) == [fast.NEVER]
 
 
 @pytest.mark.parametrize("configs", ["whole"], indirect=True)
@@ -338,7 +338,7 @@ def test_what_has_to_see_a_call_sees_it(
             return func(*args, **(kwargs or {}))
 
     numbers = ((None,), False)
-    assert fast.key_of((*x, None), *numbers) in dispatch.bound
+    assert fast.key_of((*x, None), *numbers) in fast.bound
     with Mode():  # type: ignore[no-untyped-call]
         assert fast.key_of((*x, None), *numbers) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -346,7 +346,7 @@ def test_what_has_to_see_a_call_sees_it(
     with torch.autograd.forward_ad.dual_level():
         assert fast.key_of((*x, None), *numbers) is None
     assert fast.key_of((x[0].as_subclass(Sub), *x[1:], None), *numbers) is None
-    assert fast.key_of((torch.nn.Parameter(x[0]), *x[1:], None), *numbers) in dispatch.bound
+    assert fast.key_of((torch.nn.Parameter(x[0]), *x[1:], None), *numbers) in fast.bound
     with pytest.raises(InputTypeError, match="dense tensor"):
         chunk_gla(x[0].to_sparse(), *x[1:])
     monkeypatch.setenv("GLAC_CHECKED", "1")
@@ -370,16 +370,16 @@ def test_it_is_forgotten_with_the_decisions(
 ) -> None:
     x = inputs()
     chunk_gla(*x)
-    assert dispatch.bound
+    assert fast.bound
     dispatch.clear()
-    assert dispatch.bound == {}
-    monkeypatch.setattr(fast, "LIMIT", 3)
+    assert fast.bound == {}
+    monkeypatch.setattr(binding, "LIMIT", 3)
     for tokens in range(1, 9):
         chunk_gla(*(t[:, :tokens] for t in x))
-        assert len(dispatch.bound) <= 3
+        assert len(fast.bound) <= 3
     # Another current device: the long way, which changes it for the launch.
     monkeypatch.setattr(fast, "_current_device", lambda: 7)
-    assert fast.find(next(iter(dispatch.bound))) is None
+    assert fast.find(next(iter(fast.bound))) is None
 
 
 @pytest.mark.parametrize("configs", ["whole"], indirect=True)

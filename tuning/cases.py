@@ -26,8 +26,9 @@ from glac.configs import (
     padded_k,
 )
 from glac.forward import chunk_slots, run_forward
+from glac.gate import LOG2E, STEP_MIN, GateInput
 from glac.heads import HeadGroups
-from glac.plan import LOG2E, STEP_MIN, GateInput, Plan
+from glac.plan import Plan
 from glac.problem import Gate, Op, Problem
 from glac.reference import (
     chunk_gla,

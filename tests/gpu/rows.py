@@ -15,9 +15,10 @@ from torch import Tensor
 from glac import backward, dispatch
 from glac.configs import BackwardConfig, ForwardConfig
 from glac.forward import run_forward
+from glac.gate import GateInput
 from glac.launch import load_from_pack
 from glac.pack import Pack, PackRow
-from glac.plan import GateInput, Plan
+from glac.plan import Plan
 from glac.problem import Op, Problem
 from glac.reference import chunk_gla as reference_chunk_gla
 from glac.settings import load_settings

@@ -15,9 +15,10 @@ from glac.attention import chunk_gla, chunk_gla_lowrank
 from glac.backward import run_backward
 from glac.configs import BackwardConfig, ForwardConfig
 from glac.forward import run_forward
+from glac.gate import GateInput
 from glac.launch import load_from_pack
 from glac.pack import Pack, PackRow
-from glac.plan import GateInput, Plan
+from glac.plan import Plan
 from glac.problem import Op, Problem
 from glac.reference import relative_rms
 from glac.testing import Inputs, hard_gates, make_inputs

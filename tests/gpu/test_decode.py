@@ -11,7 +11,7 @@ from torch import Tensor
 from glac import decode
 from glac.attention import recurrent_gla, recurrent_gla_lowrank
 from glac.decode import DecodeInputs, Gated, Want
-from glac.plan import LOG2E, STEP_MIN
+from glac.gate import LOG2E, STEP_MIN
 from glac.problem import Op
 from glac.testing import hard_gates
 from tests.gpu.conftest import Packed

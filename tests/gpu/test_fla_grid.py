@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glac import fallback
 from glac.attention import chunk_gla
-from glac.plan import GateInput
+from glac.gate import GateInput
 from glac.problem import Op
 from glac.reference import relative_rms
 from glac.validate import check_vector

@@ -26,9 +26,10 @@ from glac.attention import chunk_gla
 from glac.configs import ForwardConfig
 from glac.errors import InputTypeError
 from glac.forward import run_forward
+from glac.gate import GateInput
 from glac.launch import load_from_pack
 from glac.pack import Pack, PackRow
-from glac.plan import GateInput, Plan
+from glac.plan import Plan
 from glac.problem import DType, Gate, Op, Problem
 from glac.reference import chunk_gla as reference_chunk_gla
 from glac.settings import load_settings

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import glac
-from glac import dispatch, fast
+from glac import fast
 from glac.attention import chunk_gla, chunk_gla_lowrank
 from glac.emit_c import write_c
 from glac.pack import read_pack
@@ -55,9 +55,9 @@ def test_remembered_calls_give_the_same_bits(packed: Packed, gate: str, tokens: 
         grads = torch.autograd.grad([o, state], leaves, [do, torch.ones_like(state)])
         return [o.detach(), state.detach(), *grads]
 
-    dispatch.bound.clear()
+    fast.bound.clear()
     wanted = run()
-    assert any(isinstance(b, fast.Bound) for b in dispatch.bound.values())
+    assert any(isinstance(b, fast.Bound) for b in fast.bound.values())
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(run(), wanted, strict=True))
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_everything_preloaded_is_there_in_a_capture(packed: Packed) -> None:
     assert found
     before = glac.stats().loaded
     x = packed.draw(3, 77, 2, 64, 64)
-    dispatch.bound.clear()
+    fast.bound.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
         with torch.cuda.graph(graph):
@@ -100,7 +100,7 @@ sys.stdout.flush()
 if os.fork() == 0:
     for clear in (False, True):
         if clear:
-            dispatch.bound.clear()
+            fast.bound.clear()
         try:
             chunk_gla(*x)
         except Exception as error:

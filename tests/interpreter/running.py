@@ -26,11 +26,12 @@ from glac.configs import (
     padded_k,
     padded_v,
 )
-from glac.engine import laid_out
 from glac.forward import run_forward
+from glac.gate import STEP_MIN, GateInput
 from glac.gpus import GPUS
 from glac.interpret import interpreted_plan
-from glac.plan import STEP_MIN, GateInput, Kernel
+from glac.layouts import laid_out
+from glac.plan import Kernel
 from glac.problem import Problem
 from glac.reference import recurrent_gla, relative_rms, yardstick_chunk_gla
 from glac.templates import stride_unit

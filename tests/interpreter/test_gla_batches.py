@@ -14,10 +14,10 @@ from torch import Tensor
 from glac import fallback
 from glac.backward import run_backward
 from glac.configs import BackwardConfig, ForwardConfig
-from glac.engine import laid_out
 from glac.forward import run_forward
+from glac.gate import GateInput
 from glac.interpret import interpreted_plan
-from glac.plan import GateInput
+from glac.layouts import laid_out
 from glac.problem import Problem
 from glac.reference import relative_rms
 from glac.templates import stride_unit

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from glac.configs import DecodeConfig, DecodeKernelConfig, why_illegal
 from glac.decode import DecodeInputs, Gated, Want, _check, _laid_out, launch, run_launch, run_torch
+from glac.gate import LOG2E, STEP_MIN
 from glac.gpus import GPUS
 from glac.interpret import interpreted_plan
-from glac.plan import LOG2E, STEP_MIN
 from glac.testing import HARD_GATE_VALUES
 from tests.interpreter.running import guarded
 

@@ -25,9 +25,10 @@ from glac.configs import (
     TurnedKernelConfig,
     default_backward,
 )
+from glac.gate import GateInput
 from glac.gpus import GPUS
 from glac.kernelspec import config_kernels
-from glac.plan import GateInput, Kernel, Plan
+from glac.plan import Kernel, Plan
 from glac.problem import DType, Gate, Op, Problem, Specialisation
 from glac.reference import (
     lowrank_gate,
