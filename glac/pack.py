@@ -14,8 +14,10 @@ that fails a check is refused as a whole.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import re
 import secrets
 import shutil
@@ -547,33 +549,41 @@ def _packed(built: CompiledKernel) -> PackedKernel:
     )
 
 
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+"""How a rename fails where another process has put its pack in between."""
+
+
 def _swap_in(new: Path, path: Path) -> None:
     """Put folder ``new`` where ``path`` is; a reader sees the old pack, none, or the new one."""
-    for attempt in range(10):
+    # Two steps, as a rename replaces no full folder. Whenever a process has to try again, another
+    # has succeeded, so this ends; the bound is there for file systems with odd errors.
+    for attempt in range(1000):
         old = path.with_name(f".{path.name}.{secrets.token_hex(8)}.old")
-        moved = False
-        # Two steps, as a rename replaces no full folder; another process may come in between.
-        try:
+        with contextlib.suppress(FileNotFoundError):
             path.rename(old)
-            moved = True
-        except FileNotFoundError:
-            pass
         try:
             new.rename(path)
-        except OSError:
-            if moved and not path.exists():
+        except OSError as error:
+            if error.errno in _TAKEN and attempt < 999:
+                _remove(old)
+                continue
+            # The old pack comes back, unless there is another one by now.
+            with contextlib.suppress(OSError):
                 old.rename(path)
-                raise
-            if attempt == 9:
-                raise
-            continue
-        finally:
-            if old.is_symlink():
-                old.unlink()
-            else:
-                shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                _remove(old)
+            raise
+        _remove(old)
         break
     sync_folder(path.parent)
+
+
+def _remove(pack: Path) -> None:
+    """A pack folder, or the link to one; nothing is fine too."""
+    if pack.is_symlink():
+        pack.unlink()
+    else:
+        shutil.rmtree(pack, ignore_errors=True)
 
 
 def write_pack(
@@ -694,12 +704,25 @@ def write_parts(
 
 def _replaceable(path: Path) -> bool:
     """Whether nothing is at ``path``, or a pack of the form that is to be written there."""
-    if not path.exists():
-        return not path.is_symlink()
     if is_zip(path):
+        if not path.exists():
+            return not path.is_symlink()
         # By what it lists, as a damaged pack or one of another format may be replaced.
         try:
             return MANIFEST in members(path)
         except PackError:
             return False
-    return (path / MANIFEST).is_file() or (path.is_dir() and not any(path.iterdir()))
+    while True:
+        try:
+            before = path.stat()
+            names = {item.name for item in path.iterdir()}
+            after = path.stat()
+        except FileNotFoundError:
+            return not path.is_symlink()
+        except NotADirectoryError:
+            return not os.path.lexists(path)  # a file is there, or is its parent
+        if MANIFEST in names or not names:
+            return True
+        # Of a folder that another process has just replaced, the listing says nothing.
+        if (before.st_ino, before.st_ctime_ns) == (after.st_ino, after.st_ctime_ns):
+            return False

@@ -16,7 +16,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -416,11 +416,64 @@ def test_several_processes_write_one_pack(tmp_path: Path, name: str) -> None:
             assert check(path) == old
         except PackError:
             missing += 1  # a folder is away for a moment between two renames
-    assert [writer.wait() for writer in writers] == [0, 0, 0], writers[0].communicate()
+    said = [writer.communicate()[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0, 0], "\n".join(said)
     assert check(path) == old
     assert [item.name for item in tmp_path.iterdir()] == [name]
     if path.suffix == ".zip":
         assert missing == 0
+
+
+def test_a_pack_comes_and_goes_between_two_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other, third = (tmp_path / name for name in ("sm_90a", "other", "third"))
+    old = fake_pack(path)
+    fake_pack(other)
+    rename = Path.rename
+    seen: list[Path] = []
+
+    def interfered(self: Path, target: Path) -> Path:
+        if target != path or seen:
+            return rename(self, target)
+        seen.append(self)
+        rename(other, path)
+        try:
+            return rename(self, target)
+        finally:
+            rename(path, third)
+
+    monkeypatch.setattr(Path, "rename", interfered)
+    assert fake_pack(path, reverse=True) == old
+    assert seen
+    assert check(path) == old
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["sm_90a", "third"]
+
+
+@pytest.mark.parametrize("away", [True, False])
+def test_a_pack_is_replaced_while_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: bool
+) -> None:
+    path, other = tmp_path / "sm_90a", tmp_path / "other"
+    old = fake_pack(path)
+    fake_pack(other)
+    listed = Path.iterdir
+    seen: list[Path] = []
+
+    def interfered(folder: Path) -> Iterator[Path]:
+        if folder != path or seen:
+            return listed(folder)
+        seen.append(folder)
+        path.rename(tmp_path / "third")
+        if away:
+            return listed(folder)
+        other.rename(path)
+        return iter([path / "cubins"])  # left of the first one, which the other process removes
+
+    monkeypatch.setattr(Path, "iterdir", interfered)
+    assert fake_pack(path) == old
+    assert seen
+    assert check(path) == old
 
 
 @pytest.mark.parametrize("name", ["thesis.zip", "thesis"])
