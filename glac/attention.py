@@ -41,14 +41,14 @@ share a state, and the output has as many heads as the queries. Nothing is copie
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from glac import fast
 from glac.autograd import attend, attend_bound, remember
-from glac.errors import InputError
+from glac.errors import InputError, InputTypeError
 from glac.gate import STEP_MIN, GateInput
 from glac.problem import Problem
 from glac.settings import checked_mode
@@ -86,6 +86,7 @@ else:
 
 
 StateLayout = Literal["kv", "vk"]
+STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def chunk_gla(
@@ -101,6 +102,7 @@ def chunk_gla(
     cu_seqlens_cpu: Tensor | None = None,
     reverse: bool = False,
     state_layout: StateLayout = "kv",
+    state_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention with a dense per-channel gate.
@@ -114,7 +116,7 @@ def chunk_gla(
             kernels up to rounding. A step decays by at most e^-111. Positive gates are an error in
             checked mode (``GLAC_CHECKED=1``) and undefined otherwise.
         scale: factor on the queries, default ``K ** -0.5``.
-        initial_state: ``[N, Hs, K, V]`` in fp32, default zeros. Its gradient is fp32 too.
+        initial_state: ``[N, Hs, K, V]`` in fp32 or bf16, default zeros. Its gradient is too.
         output_final_state: also return the state after the last token.
         cu_seqlens: boundaries of a packed batch (B = 1), ``[N + 1]`` in int32 (or int64, for one
             more launch): 0, the first token of each further sequence, T. Sequences may be empty.
@@ -123,14 +125,16 @@ def chunk_gla(
         cu_seqlens_cpu: a copy of it in CPU memory, whose values are then checked.
         reverse: walk from the last token to the first. Copies the inputs.
         state_layout: ``"kv"``, or ``"vk"`` where both states are ``[N, Hs, V, K]``.
+        state_dtype: of the final state: fp32, or bf16, to keep half as much between calls. The
+            kernels read and write fp32; a state in bf16 is one more small launch.
         chunk_size: tokens per chunk of the PyTorch path. The kernels' chunk is part of their tuned
             config and not affected.
 
     Under ``torch.autocast`` q, k, v and a gate that is not fp32 are cast to its dtype.
 
     Returns:
-        ``o [B, T, max(Hq, Hs), V]`` in q's dtype, and the final state, as ``initial_state`` in
-        fp32, or ``None``.
+        ``o [B, T, max(Hq, Hs), V]`` in q's dtype, and the final state, of ``initial_state``'s
+        shape in ``state_dtype``, or ``None``.
 
     Raises:
         InputError: a shape or value is wrong.
@@ -142,7 +146,7 @@ def chunk_gla(
     key = None
     # The short way of a call that is like one before; everything behind it is the long way.
     plain = cu_seqlens is None and cu_seqlens_cpu is None and chunk_size is None and not reverse
-    if plain and state_layout == "kv":
+    if plain and state_layout == "kv" and _wide(initial_state, state_dtype):
         tensors = (q, k, v, g, initial_state)
         key = fast.key_of(tensors, (scale,), output_final_state)
         bound = fast.find(key)
@@ -150,7 +154,7 @@ def chunk_gla(
         if result is not None:
             return result
     q, k, v, g = _autocast(q, k, v, g)
-    initial_state = _kv(initial_state, state_layout)
+    initial_state = _usual(initial_state, state_layout, state_dtype)
     problem = check_vector(q, k, v, g, initial_state, cu_seqlens)
     factor = problem.spec.K**-0.5 if scale is None else check_scalar("scale", scale)
     chunk = check_chunk_size(chunk_size)
@@ -162,7 +166,7 @@ def chunk_gla(
     call = (problem, q, k, v, GateInput((g,)), factor, initial_state, output_final_state, chunk)
     o, state = attend(*call, cu_seqlens, key)
     remember(key, *call)
-    return _as_asked(o, state, reverse, cu_seqlens, state_layout)
+    return _as_asked(o, state, reverse, cu_seqlens, state_layout, state_dtype)
 
 
 def chunk_gla_lowrank(
@@ -182,6 +186,7 @@ def chunk_gla_lowrank(
     cu_seqlens_cpu: Tensor | None = None,
     reverse: bool = False,
     state_layout: StateLayout = "kv",
+    state_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention whose gate is computed inside the kernel from a low-rank input.
@@ -201,12 +206,13 @@ def chunk_gla_lowrank(
         normalizer: the gate logits' divisor (tau), > 0.
         clamp_min: lower bound of g (natural log, <= 0), default none.
         scale: factor on the queries, default ``K ** -0.5``.
-        initial_state: ``[N, Hs, K, V]`` in fp32, default zeros.
+        initial_state: ``[N, Hs, K, V]`` in fp32 or bf16, default zeros.
         output_final_state: also return the state after the last token.
         cu_seqlens: as for ``chunk_gla``, like the arguments after it.
         cu_seqlens_cpu: a copy of it in CPU memory, whose values are then checked.
         reverse: walk from the last token to the first.
         state_layout: ``"kv"`` or ``"vk"``.
+        state_dtype: of the final state, fp32 or bf16.
         chunk_size: of the PyTorch path.
 
     Returns:
@@ -221,7 +227,7 @@ def chunk_gla_lowrank(
     """
     key = None
     plain = cu_seqlens is None and cu_seqlens_cpu is None and chunk_size is None and not reverse
-    if plain and state_layout == "kv":
+    if plain and state_layout == "kv" and _wide(initial_state, state_dtype):
         tensors = (q, k, v, x, weight, bias, initial_state)
         key = fast.key_of(tensors, (normalizer, clamp_min, scale), output_final_state)
         bound = fast.find(key)
@@ -229,7 +235,7 @@ def chunk_gla_lowrank(
         if result is not None:
             return result
     q, k, v, x, weight, bias = _autocast(q, k, v, x, weight, bias)
-    initial_state = _kv(initial_state, state_layout)
+    initial_state = _usual(initial_state, state_layout, state_dtype)
     problem = check_lowrank(q, k, v, x, weight, bias, initial_state, cu_seqlens)
     factor = problem.spec.K**-0.5 if scale is None else check_scalar("scale", scale)
     tau = check_scalar("normalizer", normalizer, positive=True)
@@ -246,7 +252,7 @@ def chunk_gla_lowrank(
     call = (problem, q, k, v, gate, factor, initial_state, output_final_state, chunk)
     o, state = attend(*call, cu_seqlens, key)
     remember(key, *call)
-    return _as_asked(o, state, reverse, cu_seqlens, state_layout)
+    return _as_asked(o, state, reverse, cu_seqlens, state_layout, state_dtype)
 
 
 def _autocast(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -271,11 +277,23 @@ def _autocast(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return tuple(cast(index, t) for index, t in enumerate(tensors))
 
 
-def _kv(state: Tensor | None, layout: str) -> Tensor | None:
+def _wide(initial_state: Tensor | None, state_dtype: torch.dtype) -> bool:
+    """Whether states come and go in fp32, as the kernels have them."""
+    return state_dtype is torch.float32 and (
+        initial_state is None or getattr(initial_state, "dtype", None) is torch.float32
+    )
+
+
+def _usual(state: Tensor | None, layout: str, dtype: torch.dtype) -> Tensor | None:
+    """The initial state as ``[N, Hs, K, V]`` in fp32."""
     check_choice("state_layout", layout, ("kv", "vk"))
-    if layout == "kv" or not isinstance(state, Tensor) or state.dim() < 2:
+    if dtype not in STATE_DTYPES:
+        raise InputTypeError(f"state_dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+    if not isinstance(state, Tensor):
         return state
-    return state.transpose(-1, -2)
+    if state.dtype is torch.bfloat16:
+        state = state.float()
+    return state if layout == "kv" or state.dim() < 2 else state.transpose(-1, -2)
 
 
 def _check_boundaries(cu: Tensor | None, copy: Tensor | None, problem: Problem) -> None:
@@ -303,14 +321,21 @@ def _reversed(
 
 
 def _as_asked(
-    o: Tensor, state: Tensor | None, reverse: bool, cu: Tensor | None, layout: str
+    o: Tensor,
+    state: Tensor | None,
+    reverse: bool,
+    cu: Tensor | None,
+    layout: str,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     if reverse:
         o = o.flip(1)
         if state is not None and cu is not None:
             state = state.flip(0)
-    if state is not None and layout == "vk":
-        state = state.transpose(-1, -2)
+    if state is not None:
+        state = state.to(dtype)
+        if layout == "vk":
+            state = state.transpose(-1, -2)
     return o, state
 
 
@@ -324,6 +349,10 @@ def chunk_simple_gla(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    reverse: bool = False,
+    state_layout: StateLayout = "kv",
+    state_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention with one forget gate per token and head (simple GLA, Mamba-2's SSD).
@@ -340,17 +369,20 @@ def chunk_simple_gla(
             decays by at most e^-111. Positive gates are an error in checked mode
             (``GLAC_CHECKED=1``) and undefined otherwise.
         scale: factor on the queries, default ``K ** -0.5``.
-        initial_state: ``[N, H, K, V]`` in fp32, default zeros. N is B, or the number of packed
-            sequences.
+        initial_state: ``[N, H, K, V]`` in fp32 or bf16, default zeros. N is B, or the number of
+            packed sequences.
         output_final_state: also return the state after the last token.
-        cu_seqlens: ``[N + 1]`` in int32, on the device: offsets of N sequences that are packed
-            into tensors of batch size 1; each may be empty. Checked in checked mode; otherwise
-            kernels clamp offsets that are wrong to the tensors.
+        cu_seqlens: boundaries of a packed batch, as for ``chunk_gla``, like the arguments after
+            it, and like ``torch.autocast``.
+        cu_seqlens_cpu: a copy of it in CPU memory, whose values are then checked.
+        reverse: walk from the last token to the first. Copies the inputs.
+        state_layout: ``"kv"``, or ``"vk"`` where both states are ``[N, H, V, K]``.
+        state_dtype: of the final state, fp32 or bf16.
         chunk_size: tokens per chunk of the PyTorch path.
 
     Returns:
-        ``o [B, T, max(Hq, H), V]`` in q's dtype, and the final state ``[N, H, K, V]`` in fp32 or
-        ``None``.
+        ``o [B, T, max(Hq, H), V]`` in q's dtype, and the final state, of ``initial_state``'s shape
+        in ``state_dtype``, or ``None``.
 
     Raises:
         InputError: a shape or value is wrong.
@@ -361,8 +393,9 @@ def chunk_simple_gla(
     """
     if g is None:
         raise InputError("g must be [B, T, H], got None", hint="chunk_linear_attn has no gate")
+    form = _Form(cu_seqlens_cpu, reverse, state_layout, state_dtype)
     tensors = (q, k, v, g, initial_state, cu_seqlens)
-    return _scalar(tensors, scale, output_final_state, chunk_size)
+    return _scalar(tensors, scale, output_final_state, chunk_size, form)
 
 
 def chunk_retention(
@@ -375,6 +408,10 @@ def chunk_retention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    reverse: bool = False,
+    state_layout: StateLayout = "kv",
+    state_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Retention: linear attention whose heads decay at constant rates of their own.
@@ -388,7 +425,8 @@ def chunk_retention(
         v: values ``[B, T, H, V]``.
         g: natural logarithm of each head's decay per token ``[H]``, <= 0, in q's dtype or fp32;
             by default RetNet's, ``log(1 - 2 ** (-5 - h))`` for head h.
-        scale, initial_state, output_final_state, cu_seqlens, chunk_size: as there.
+        scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, reverse,
+            state_layout, state_dtype, chunk_size: as there.
 
     Returns:
         As ``chunk_simple_gla``.
@@ -404,8 +442,9 @@ def chunk_retention(
             f"g must be [H], one decay per head, got shape {tuple(g.shape)}",
             hint="chunk_simple_gla takes a gate for each token, [B, T, H]",
         )
+    form = _Form(cu_seqlens_cpu, reverse, state_layout, state_dtype)
     tensors = (q, k, v, g, initial_state, cu_seqlens)
-    return _scalar(tensors, scale, output_final_state, chunk_size)
+    return _scalar(tensors, scale, output_final_state, chunk_size, form)
 
 
 def chunk_linear_attn(
@@ -417,6 +456,10 @@ def chunk_linear_attn(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    reverse: bool = False,
+    state_layout: StateLayout = "kv",
+    state_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention that forgets nothing: ``chunk_simple_gla`` without a gate.
@@ -425,7 +468,8 @@ def chunk_linear_attn(
         q: queries ``[B, T, Hq, K]``, with k and v as for ``chunk_simple_gla``.
         k: keys ``[B, T, Hk, K]``.
         v: values ``[B, T, H, V]``.
-        scale, initial_state, output_final_state, cu_seqlens, chunk_size: as there.
+        scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, reverse,
+            state_layout, state_dtype, chunk_size: as there.
 
     Returns:
         As ``chunk_simple_gla``.
@@ -433,8 +477,18 @@ def chunk_linear_attn(
     Raises:
         InputError, InputTypeError, KernelNotFoundError, NotDifferentiableError: likewise.
     """
+    form = _Form(cu_seqlens_cpu, reverse, state_layout, state_dtype)
     tensors = (q, k, v, None, initial_state, cu_seqlens)
-    return _scalar(tensors, scale, output_final_state, chunk_size)
+    return _scalar(tensors, scale, output_final_state, chunk_size, form)
+
+
+class _Form(NamedTuple):
+    """In what form a caller gives and wants things, besides what the kernels know."""
+
+    cu_seqlens_cpu: Tensor | None
+    reverse: bool
+    layout: str
+    dtype: torch.dtype
 
 
 def _scalar(
@@ -442,13 +496,26 @@ def _scalar(
     scale: float | None,
     output_final_state: bool,
     chunk_size: int | None,
+    form: _Form,
 ) -> tuple[Tensor, Tensor | None]:
     # Here, because who calls chunk_gla alone should not wait for them at import.
     from glac.scalar import ScalarInputs, check
     from glac.scalar_autograd import attend as attend_scalar
 
-    i = ScalarInputs(*tensors)
-    problem = check(i).problem
+    *inputs, state, cu = tensors
+    q, k, v, g = _autocast(*inputs)
+    state = _usual(state, form.layout, form.dtype)
+    problem = check(ScalarInputs(q, k, v, g, state, cu)).problem
     factor = problem.spec.K**-0.5 if scale is None else check_scalar("scale", scale)
     chunk = check_chunk_size(chunk_size)
-    return attend_scalar(i, factor, bool(output_final_state), chunk)
+    if cu is not None or form.cu_seqlens_cpu is not None:
+        _check_boundaries(cu, form.cu_seqlens_cpu, problem)
+    if cu is not None:
+        cu = cu.to(torch.int32)  # the tensor itself, if it is
+    if form.reverse:
+        q, k, v = (x.flip(1) for x in (q, k, v))
+        g = g.flip(1) if g is not None and g.dim() == 3 else g
+        state, cu = _reversed(state, cu, problem)
+    call = ScalarInputs(q, k, v, g, state, cu)
+    o, state = attend_scalar(call, factor, bool(output_final_state), chunk)
+    return _as_asked(o, state, form.reverse, cu, form.layout, form.dtype)

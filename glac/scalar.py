@@ -31,6 +31,7 @@ from glac.validate import (
     DTYPES,
     MAX_PROGRAMS,
     TORCH_DTYPES,
+    check_boundaries,
     check_gate_values,
     check_sizes,
     same_device,
@@ -125,7 +126,7 @@ def check(i: ScalarInputs) -> ScalarProblem:
     if cu is not None:
         want_tensor("cu_seqlens", cu)
         want_rank("cu_seqlens", cu, "[N + 1]")
-        want_dtype("cu_seqlens", cu, (torch.int32,), "token offsets")
+        want_dtype("cu_seqlens", cu, (torch.int32, torch.int64), "positions of tokens")
         if B != 1 or cu.shape[0] < 2:
             raise InputError(
                 f"cu_seqlens [N + 1] goes with tensors [1, T, H, D] and N >= 1, got B={B} and "
@@ -136,7 +137,7 @@ def check(i: ScalarInputs) -> ScalarProblem:
         want_tensor("initial_state", state)
         want_rank("initial_state", state, "[N, H, K, V]")
         want_shape("initial_state", state, "[N, H, K, V]", (i.sequences, Hs, K, V))
-        want_dtype("initial_state", state, (torch.float32,), "states are fp32")
+        want_dtype("initial_state", state, (torch.float32,), "states are fp32 or bf16")
     same_device(i.q, k=i.k, v=i.v, g=i.g, initial_state=state, cu_seqlens=cu)
     spec = Specialisation(K, V, DTYPES[i.q.dtype], Gate.SCALAR, gate_dtype)
     return ScalarProblem(Problem(spec, B, T, max(Hq, Hs)), groups)
@@ -151,13 +152,7 @@ def check_values(i: ScalarInputs) -> None:
     if i.g is not None:
         check_gate_values(i.g)
     if i.cu_seqlens is not None:
-        bounds, T = i.cu_seqlens.tolist(), i.q.shape[1]
-        for n, (low, high) in enumerate(itertools.pairwise(bounds)):
-            if (n == 0 and low != 0) or high < low or high > T:
-                raise InputError(
-                    f"cu_seqlens[{n}:{n + 2}] is {[low, high]}: offsets start at 0, never fall "
-                    f"and end at T={T} at most"
-                )
+        check_boundaries(i.cu_seqlens, i.q.shape[1])
 
 
 # ---- kernels ----

@@ -236,7 +236,7 @@ def _check_state(state: Tensor | None, wanted: tuple[int, int, int, int]) -> Non
     want_tensor("initial_state", state)
     want_rank("initial_state", state, "[N, Hs, K, V]")
     want_shape("initial_state", state, "[N, Hs, K, V]", wanted)
-    want_dtype("initial_state", state, (torch.float32,), "states are fp32")
+    want_dtype("initial_state", state, (torch.float32,), "states are fp32 or bf16")
 
 
 def check_vector(

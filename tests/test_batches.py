@@ -171,6 +171,29 @@ def test_transposed_states() -> None:
     assert torch.equal(state, turned.mT)
 
 
+@pytest.mark.parametrize("lowrank", [False, True])
+def test_states_in_bf16(lowrank: bool) -> None:
+    x = drawn(9)
+    start = x.pop("initial_state").to(torch.bfloat16)
+    run: Any = chunk_gla
+    if lowrank:
+        run = chunk_gla_lowrank
+        del x["g"]
+        x |= {"x": torch.randn(1, 9, 8), "weight": torch.randn(16, 8)}
+    options = {"output_final_state": True}
+    o, state = run(**x, **options, initial_state=start.float())
+    same, narrow = run(**x, **options, initial_state=start, state_dtype=torch.bfloat16)
+    assert torch.equal(o, same)
+    assert torch.equal(state.to(torch.bfloat16), narrow)
+    wide, last = run(**x, **options, initial_state=start)
+    assert torch.equal(o, wide)
+    assert torch.equal(state, last)
+    start.requires_grad_()
+    o, _ = run(**x, initial_state=start)
+    (grad,) = torch.autograd.grad(o.sum(), start)
+    assert grad.dtype is torch.bfloat16
+
+
 def test_a_compiled_packed_call() -> None:
     torch._dynamo.reset()
     x = drawn(20, sequences=2)
@@ -212,6 +235,12 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ),
     ("device", {"cu_seqlens": CU.to("meta")}, InputTypeError, "cu_seqlens is on meta"),
     ("layout", {"state_layout": "kk"}, InputError, "state_layout must be one of kv, vk"),
+    (
+        "state",
+        {"state_dtype": torch.float16},
+        InputTypeError,
+        "state_dtype must be torch.float32 or torch.bfloat16, got torch.float16",
+    ),
 ]
 
 

@@ -189,10 +189,98 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLAC_CHECKED", "1")
     refused(InputError, "g must be <= 0", g=torch.ones(2, 37, 4))
     x = drawn(B=1)
-    for offsets in ([1, 37], [0, 20, 10], [0, 50]):
+    monkeypatch.delenv("GLAC_CHECKED")
+    good = torch.tensor([0, 20, 37], dtype=torch.int32)
+    for offsets, words in (
+        ([1, 37], "begin with 0, got 1 at position 0"),
+        ([0, 20, 10], "got 10 after 20 at position 2"),
+        ([0, 50], "T = 37, got 50 at position 1"),
+    ):
+        # On the CPU values are always looked at; those of a GPU are in a copy or in checked mode.
         cu = torch.tensor(offsets, dtype=torch.int32)
-        with pytest.raises(InputError, match=r"cu_seqlens\["):
+        with pytest.raises(InputError, match=words):
             chunk_linear_attn(x.q, x.k, x.v, cu_seqlens=cu)
+        if len(cu) == len(good):
+            with pytest.raises(InputError, match=words):
+                chunk_linear_attn(x.q, x.k, x.v, cu_seqlens=good, cu_seqlens_cpu=cu)
+    with pytest.raises(InputError, match="a copy of cu_seqlens"):
+        chunk_linear_attn(x.q, x.k, x.v, cu_seqlens_cpu=good)
+    refused(InputError, "state_layout must be one of", state_layout="kk")
+    refused(InputTypeError, "state_dtype must be", state_dtype=torch.float16)
+    refused(
+        InputTypeError, "initial_state must be", initial_state=torch.zeros(2, 4, 16, 24).half()
+    )
+
+
+def calls(x: Any) -> list[Any]:
+    """Each scalar operation as a function of q, k, v, gate and options."""
+    rates = -torch.rand(4)
+    return [
+        lambda q, k, v, g, **o: chunk_simple_gla(q, k, v, g, **o),
+        lambda q, k, v, g, **o: chunk_retention(q, k, v, g=rates, **o),
+        lambda q, k, v, g, **o: chunk_linear_attn(q, k, v, **o),
+    ]
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("bounds", [None, [0, 20, 20, 37]])
+def test_reverse_is_the_flipped_sequence(which: int, bounds: list[int] | None) -> None:
+    x = drawn(B=1)
+    run = calls(x)[which]
+    tensors = [x.q, x.k, x.v, x.g]
+    cu = None if bounds is None else torch.tensor(bounds)  # int64
+    h0 = torch.randn(len(bounds) - 1 if bounds else 1, 4, 16, 24)
+    options = {"output_final_state": True}
+    leaves = [t.clone().requires_grad_() for t in (*tensors, h0)]
+    *given, start = leaves
+    o, end = run(*given, reverse=True, cu_seqlens=cu, initial_state=start, **options)
+    outs, ends = [], []
+    for n, (a, b) in enumerate(zip(bounds or [0], (bounds or [0, 37])[1:], strict=False)):
+        state = start[n : n + 1]
+        if a < b:
+            flipped = (t[:, a:b].flip(1) for t in given)
+            out, state = run(*flipped, initial_state=state, **options)
+            outs.append(out.flip(1))
+        ends.append(state)
+    torch.testing.assert_close(o, torch.cat(outs, 1))
+    torch.testing.assert_close(end, torch.cat(ends))
+    used = [t for t in leaves if which == 0 or t is not leaves[3]]
+    mine = torch.autograd.grad(o.square().sum() + end.sum(), used)
+    whole = torch.cat(outs, 1).square().sum() + torch.cat(ends).sum()
+    for one, other in zip(mine, torch.autograd.grad(whole, used), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_states_transposed_and_in_bf16(which: int) -> None:
+    x = drawn()
+    run = calls(x)[which]
+    tensors = (x.q, x.k, x.v, x.g)
+    options = {"output_final_state": True}
+    start = x.initial_state.to(BF16)
+    o, end = run(*tensors, initial_state=start.float(), **options)
+    same, turned = run(*tensors, initial_state=start.mT, state_layout="vk", **options)
+    small, narrow = run(*tensors, initial_state=start, state_dtype=BF16, **options)
+    assert torch.equal(o, same)
+    assert torch.equal(o, small)
+    assert turned.dtype is FP32
+    assert narrow.dtype is BF16
+    assert torch.equal(end, turned.mT)
+    assert torch.equal(end.to(BF16), narrow)
+    start.requires_grad_()
+    _, end = run(*tensors, initial_state=start, state_dtype=BF16, **options)
+    (grad,) = torch.autograd.grad(end.float().sum(), start)
+    assert grad.dtype is BF16
+
+
+def test_autocast() -> None:
+    x = drawn()
+    with torch.autocast("cpu", BF16):
+        for run in calls(x):
+            o, end = run(x.q, x.k, x.v, x.g, output_final_state=True)
+            assert (o.dtype, end.dtype) == (BF16, FP32)
+            wanted, _ = run(x.q.to(BF16), x.k.to(BF16), x.v.to(BF16), x.g)
+            assert torch.equal(o, wanted)
 
 
 def test_retention_takes_one_decay_per_head() -> None:

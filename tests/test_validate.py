@@ -115,7 +115,7 @@ def bad_tensors(operation: str) -> Iterator[Bad]:
                 words = (f"{first} must be [", "got")
                 yield Bad(operation, what, changed(name, value), InputError, words)
         wrong_types = [torch.float64, torch.int32, torch.bool, torch.complex64, torch.bfloat16]
-        if name == "q":
+        if name in ("q", "initial_state"):
             wrong_types.remove(torch.bfloat16)
         for dtype in wrong_types:
             words = (f"{name} must be ", "torch.float", f"got {dtype}")
