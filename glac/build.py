@@ -18,7 +18,9 @@ from glac import __version__
 from glac.compile import CompiledKernel, Toolchain, compile_many, toolchain
 from glac.configs import (
     Config,
+    ForwardConfig,
     KernelConfig,
+    cut_forward,
     default_config,
     lesser_choices,
     why_illegal,
@@ -166,9 +168,41 @@ def _default_rows(gpu: GpuSpec, op: Op) -> Iterator[_Wanted]:
             yield _Wanted(gpu, "heuristic", "", problem, config)
 
 
+_LONG = (1, 32768, 1)
+"""B, T, H of the rows that cut sequences: what idles any GPU if it is not cut."""
+
+
+def _cut_rows(gpu: GpuSpec, rows: Sequence[_Wanted]) -> Iterator[_Wanted]:
+    """For each specialisation whose forward rows all walk whole sequences, one that cuts them.
+
+    As a guess. Its kernels serve whatever has so few heads that most of the GPU would idle: the
+    length of segments is found at run time (``glac.configs.suited``).
+    """
+    by_spec: dict[Specialisation, list[_Wanted]] = {}
+    for row in rows:
+        by_spec.setdefault(row.problem.spec, []).append(row)
+    for spec, of_spec in by_spec.items():
+        problem = Problem(spec, *_LONG)
+        wanted = problem.bucket
+        if any(getattr(row.config, "summary", None) for row in of_spec):
+            continue
+        near = min(of_spec, key=lambda row: (row.problem.bucket.distance(wanted), row.problem.T))
+        assert isinstance(near.config, ForwardConfig)
+        config = cut_forward(near.config, spec, wanted, gpu)
+        if config.summary is not None and why_illegal(spec, config, gpu) is None:
+            yield _Wanted(gpu, "heuristic", "", problem, config)
+
+
 def _planned_of(
     gpu: GpuSpec, op: Op, folder: Path | None
 ) -> tuple[list[_Wanted], list[TunedFile]]:
+    rows, files = _rows_of(gpu, op, folder)
+    if op is Op.FORWARD:
+        rows += _cut_rows(gpu, rows)
+    return rows, files
+
+
+def _rows_of(gpu: GpuSpec, op: Op, folder: Path | None) -> tuple[list[_Wanted], list[TunedFile]]:
     own = _tuned_files(gpu.name, folder)
     tuned = list(_tuned_rows(gpu, op, own))
     if tuned:

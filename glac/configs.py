@@ -289,6 +289,15 @@ class ForwardConfig:
                     change[name] = replace(other, chunk=kernel.chunk)
         return replace(self, **change)
 
+    @property
+    def chunk_step(self) -> int:
+        """What segments are a multiple of."""
+        return max(self.fwd.chunk, self.summary.chunk if self.summary else 0)
+
+    def tiles(self, spec: Specialisation) -> int:
+        """Programs that share a sequence of a head."""
+        return math.ceil(spec.V / self.fwd.block_v)
+
     def segments(self, T: int) -> int:
         """How many segments a sequence of ``T`` tokens falls into."""
         return segmentation(self.segment, T)[0]
@@ -360,6 +369,10 @@ class BackwardConfig:
     def chunk_step(self) -> int:
         """What segments are a multiple of."""
         return max(self.grads.chunk, self.states.chunk, self.dv.chunk if self.dv else 0)
+
+    def tiles(self, spec: Specialisation) -> int:
+        """Programs that share a sequence of a head."""
+        return math.ceil(spec.V / self.grads.block_v) * math.ceil(spec.K / self.grads.block_k)
 
     @property
     def exact(self) -> ExactKernelConfig:
@@ -711,7 +724,7 @@ def _why_illegal_forward(spec: Specialisation, config: ForwardConfig, gpu: GpuSp
             reason = _why_illegal_walk(spec, config.summary, gpu, "summary", 1, 1)
         if reason:
             return reason
-        return _segment_illegal(config.segment, max(config.fwd.chunk, config.summary.chunk))
+        return _segment_illegal(config.segment, config.chunk_step)
     return None
 
 
@@ -802,10 +815,17 @@ def default_forward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> Forwa
     The sequence is split when the heads alone would leave most of the GPU idle
     (docs/performance.md).
     """
-    fwd = _walking_kernel(spec, gpu)
-    programs = (1 << max(0, bucket.bh)) * math.ceil(spec.V / fwd.block_v)
-    segment = _default_segment(fwd.chunk, programs, bucket, gpu)
-    return ForwardConfig(fwd, segment, fwd) if segment else ForwardConfig(fwd)
+    return cut_forward(ForwardConfig(_walking_kernel(spec, gpu)), spec, bucket, gpu)
+
+
+def cut_forward(
+    config: ForwardConfig, spec: Specialisation, bucket: Bucket, gpu: GpuSpec
+) -> ForwardConfig:
+    """``config`` with segments that suit ``bucket``, by the tile that it walks with."""
+    segment = suitable_segment(config, spec, bucket, gpu)
+    if not segment:
+        return replace(config, segment=0, summary=None)
+    return replace(config, segment=segment, summary=config.summary or config.fwd)
 
 
 def default_backward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> BackwardConfig:
@@ -826,19 +846,44 @@ def default_backward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> Back
         grads=TileKernelConfig(chunk, block_k, block_v, warps, walk.num_stages, dv=whole),
         dv=None if whole else walk,
     )
-    programs = (1 << max(0, bucket.bh)) * math.ceil(spec.V / block_v) * math.ceil(spec.K / block_k)
-    return replace(config, segment=_default_segment(config.chunk_step, programs, bucket, gpu))
+    return replace(config, segment=suitable_segment(config, spec, bucket, gpu))
 
 
-def _default_segment(chunk: int, programs: int, bucket: Bucket, gpu: GpuSpec) -> int:
-    """Tokens per segment where ``programs`` whole sequences would leave most of the GPU idle."""
+def suitable_segment(
+    config: ForwardConfig | BackwardConfig, spec: Specialisation, bucket: Bucket, gpu: GpuSpec
+) -> int:
+    """Tokens per segment where whole sequences would leave most of the GPU idle, else 0.
+
+    As many segments as lead to two programs per SM forward, where they cost a pass over keys and
+    values, so that fewer than four gain nothing; and to one per SM backward, which makes that pass
+    anyway. 25 of the 28 rows tuned on an H100 have just these (docs/performance.md). But none are
+    shorter than suits the chain of states that links them, by FlashQLA's latency model: 3 *
+    sqrt(programs * chunks / SMs) chunks.
+    """
     tokens = 1 << max(0, bucket.t)
+    programs = (1 << max(0, bucket.bh)) * config.tiles(spec)
     if 2 * programs > gpu.sm_count or tokens < 1024:
         return 0
-    # FlashQLA's latency model as start value: 3 * sqrt(programs * chunks / SMs) chunks a segment.
-    chunks = 3.0 * math.sqrt(programs * (tokens / chunk) / gpu.sm_count)
-    segment = max(8 * chunk, chunk * (1 << round(math.log2(max(1.0, chunks)))))
-    return 0 if 2 * segment > tokens else segment
+    forward = config.op is Op.FORWARD
+    wanted = 1 << round(math.log2(gpu.sm_count * (2 if forward else 1)))
+    step = config.chunk_step
+    chunks = 3.0 * math.sqrt(programs * (tokens / step) / gpu.sm_count)
+    shortest = step * (1 << max(3, round(math.log2(chunks))))
+    # Rounded up to a power of two, as some heads have three tiles.
+    segment = max(shortest, 1 << (tokens * programs // wanted - 1).bit_length())
+    return 0 if segment * (4 if forward else 2) > tokens else segment
+
+
+def suited(config: Config, spec: Specialisation, bucket: Bucket, gpu: GpuSpec) -> Config:
+    """A config that was made for another bucket, with the segments that suit this one.
+
+    It needs no other kernels, as the length of a segment is an argument at run time.
+    """
+    if isinstance(config, BackwardConfig):
+        return replace(config, segment=suitable_segment(config, spec, bucket, gpu))
+    if isinstance(config, ForwardConfig) and config.summary is not None:
+        return cut_forward(config, spec, bucket, gpu)
+    return config
 
 
 def default_scalar_forward(spec: Specialisation, gpu: GpuSpec) -> ScalarForwardConfig:

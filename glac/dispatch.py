@@ -1,8 +1,9 @@
 """Which kernel serves a problem: packs first, then a build on the spot, then PyTorch.
 
 A *hit* is a row whose op and specialisation match; among hits the nearest bucket wins. Rows of the
-device's own model come before rows of its relatives. A decision is made once per op,
-specialisation, bucket and device, kept, and logged at INFO.
+device's own model come before rows of its relatives. In another bucket than its own a row is used
+with the segments that suit it there. A decision is made once per op, specialisation, bucket and
+device, kept, and logged at INFO.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from glac.configs import (
     ForwardConfig,
     ScalarBackwardConfig,
     ScalarForwardConfig,
+    cut_forward,
     default_config,
+    suitable_segment,
+    suited,
 )
 from glac.errors import GlacError, KernelNotFoundError, PackError
 from glac.fit import Device, check_fit, row_fits, runs_on
@@ -212,17 +216,39 @@ def family_of(gpu: GpuSpec) -> tuple[str, ...]:
     return tuple(spec.name for spec in able)
 
 
-def _rank(row: PackRow, gpu: GpuSpec, bucket: Bucket) -> tuple[int, int, int, int]:
+def _suited(row: PackRow, gpu: GpuSpec, bucket: Bucket) -> Config:
+    """The row's config; in another bucket than its own with the segments that suit it there."""
+    if row.bucket == bucket:
+        return row.config
+    return suited(row.config, row.spec, bucket, gpu)
+
+
+def _idles(row: PackRow, gpu: GpuSpec, bucket: Bucket) -> bool:
+    """Whether a row made for another bucket lacks the kernels to cut sequences that should be."""
+    config = row.config
+    return (
+        row.bucket != bucket
+        and isinstance(config, ForwardConfig)
+        and config.summary is None
+        and suitable_segment(config, row.spec, bucket, gpu) > 0
+    )
+
+
+def _rank(row: PackRow, gpu: GpuSpec, bucket: Bucket) -> tuple[int, int, int, int, int]:
     family = family_of(gpu)
     kinship = family.index(row.gpu) if row.gpu in family else len(family)
     guessed = int(row.source != "tuned")
-    return guessed, kinship, *_nearness(row.bucket, bucket)
+    return int(_idles(row, gpu, bucket)), guessed, kinship, *_nearness(row.bucket, bucket)
 
 
 def best_row(
     rows: Iterable[PackRow], problem: Problem, gpu: GpuSpec, op: Op = Op.FORWARD
 ) -> PackRow | None:
-    """The row that serves ``problem`` on ``gpu``: tuned before guessed, kin, nearest bucket."""
+    """The row that serves ``problem`` on ``gpu``.
+
+    One that can cut its sequences where they should be, then tuned before guessed, then kin, then
+    the nearest bucket.
+    """
     hits = [row for row in rows if row.op is op and row.spec == problem.spec]
     return min(hits, key=lambda row: _rank(row, gpu, problem.bucket), default=None)
 
@@ -245,20 +271,28 @@ def _from_packs(
     return None
 
 
-def _pack_decision(pack: Pack, row: PackRow, problem: Problem, tried: list[str]) -> Decision:
+def _pack_decision(
+    pack: Pack, row: PackRow, problem: Problem, gpu: GpuSpec, tried: list[str]
+) -> Decision:
     b, want = row.bucket, problem.bucket
+    config = _suited(row, gpu, want)
     exact = "its bucket" if b == want else f"nearest bucket (2^{b.bh} heads, 2^{b.t} tokens)"
-    return _row_decision("pack", pack, row, f"{row.source} row of {row.gpu}, {exact}", tried)
+    if config != row.config:
+        segment = getattr(config, "segment", 0)
+        exact += f", in segments of {segment} tokens" if segment else ", not cut"
+    return _row_decision(
+        "pack", pack, row, config, f"{row.source} row of {row.gpu}, {exact}", tried
+    )
 
 
 def _row_decision(
-    provider: str, pack: Pack, row: PackRow, reason: str, tried: list[str]
+    provider: str, pack: Pack, row: PackRow, config: Config, reason: str, tried: list[str]
 ) -> Decision:
     return Decision(
         op=row.op,
         provider=provider,
-        config=row.config,
-        config_id=row.config.slug,
+        config=config,
+        config_id=config.slug,
         cubin_sha=pack.kernels[row.kernels[row.config.main]].sha256,
         kernels=dict(row.kernels),
         path=str(pack.path),
@@ -290,7 +324,7 @@ def decide(
     tried = list(refused)
     hit = _from_packs(packs, problem, gpu, op, tried)
     if hit:
-        return _pack_decision(*hit, problem, tried)
+        return _pack_decision(*hit, problem, gpu, tried)
     if settings.require_aot:
         raise _not_found(problem, gpu, op, settings, tried)
     if can_build():
@@ -326,7 +360,12 @@ def miss_config(problem: Problem, gpu: GpuSpec, op: Op = Op.FORWARD) -> Config:
         hits = [row for row in rows if row.op is op and row.spec == problem.spec]
         if hits:
             # The first of equally near ones: a user's own before one that came with glac.
-            return min(hits, key=lambda row: _nearness(row.bucket, problem.bucket)).config
+            near = min(hits, key=lambda row: _nearness(row.bucket, problem.bucket))
+            if near.bucket == problem.bucket:
+                return near.config
+            if isinstance(near.config, ForwardConfig):
+                return cut_forward(near.config, problem.spec, problem.bucket, gpu)
+            return suited(near.config, problem.spec, problem.bucket, gpu)
     return default
 
 
@@ -433,7 +472,7 @@ def _resolve(problem: Problem, device: int, op: Op) -> tuple[Decision, Kernels |
     hit = _from_packs(packs, problem, gpu, op, tried)
     while hit:
         try:
-            return _pack_decision(*hit, problem, tried), _load(*hit, device)
+            return _pack_decision(*hit, problem, gpu, tried), _load(*hit, device)
         except PackError as error:
             # A damaged cubin: say so, and go on with the packs behind this one.
             tried.append(f"{hit[0].path}: refused: {error.message}")
@@ -455,7 +494,7 @@ def _resolve(problem: Problem, device: int, op: Op) -> tuple[Decision, Kernels |
             f"{gpu.name}. Ship one: glac tune --gpu {gpu.name}, glac build --gpu {gpu.name}.",
             stacklevel=2,
         )
-        return _row_decision("build", pack, row, reason, tried), loaded
+        return _row_decision("build", pack, row, row.config, reason, tried), loaded
     return _torch_decision(op, "no pack has it and no compiler is installed", tried), None
 
 

@@ -83,6 +83,12 @@ def configs(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def uncut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No forward rows beyond those that were tuned or stand for the standard problems."""
+    monkeypatch.setattr(build, "_cut_rows", lambda gpu, rows: ())
+
+
 def _files(path: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(path)): file.read_bytes()
@@ -92,7 +98,11 @@ def _files(path: Path) -> dict[str, bytes]:
 
 
 def test_tuned_rows(
-    fake: FakeToolchain, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: FakeToolchain,
+    uncut: None,
+    configs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(build, "STANDARD_PROBLEMS", ())  # no rows of ops that were not tuned
     seen: list[tuple[int, int, str]] = []
@@ -114,7 +124,11 @@ def test_tuned_rows(
 
 
 def test_one_pack_for_each_arch(
-    fake: FakeToolchain, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: FakeToolchain,
+    uncut: None,
+    configs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     standard = {(problem.spec, problem.bucket) for problem in build.STANDARD_PROBLEMS}
     results = build_packs(["h200", "h100", "a100", "H100"], tmp_path, configs_dir=configs)
@@ -146,7 +160,7 @@ def test_standard_configs_are_legal_everywhere(op: Op) -> None:
             assert is_legal(problem.spec, config, gpu)
 
 
-def test_each_op_has_rows_of_its_own(fake: FakeToolchain, tmp_path: Path) -> None:
+def test_each_op_has_rows_of_its_own(fake: FakeToolchain, uncut: None, tmp_path: Path) -> None:
     # h100 has forward rows, its relative h200 has both, of a further problem.
     other = Problem(VECTOR, 1, 512, 1)
     hashes = templates_sha256(Op)
@@ -173,6 +187,38 @@ def test_each_op_has_rows_of_its_own(fake: FakeToolchain, tmp_path: Path) -> Non
     fake.compile = lambda k: (_other_binary if k.template == "gla_bwd" else fake_compiled)(k)
     with pytest.raises(CompileError, match=r"h200\.yaml: gla_bwd_k16"):
         build_packs(["h100"], tmp_path / "out", configs_dir=tmp_path, fresh=True)
+
+
+@pytest.mark.parametrize("gpu", list(GPUS))
+def test_every_specialisation_has_kernels_that_cut_sequences(gpu: str) -> None:
+    rows = [row for row in build._planned(GPUS[gpu], None)[0] if row.config.op is Op.FORWARD]
+    assert rows
+    for spec in {row.problem.spec for row in rows}:
+        cutting = [
+            row
+            for row in rows
+            if row.problem.spec == spec and isinstance(row.config, ForwardConfig)
+            if row.config.summary is not None
+        ]
+        assert cutting
+        for row in cutting:
+            assert is_legal(spec, row.config, GPUS[gpu])
+            # Those that nobody measured are no more than guesses.
+            assert row.source == "heuristic" or row.measured_on
+
+
+def test_a_row_that_cuts_is_made_of_the_nearest_one(
+    fake: FakeToolchain, configs: Path, tmp_path: Path
+) -> None:
+    (result,) = build_packs(["h100"], tmp_path, configs_dir=configs)
+    forward = [row for row in result.pack.rows if row.op is Op.FORWARD]
+    (made,) = [row for row in forward if row.source == "heuristic"]
+    (near,) = [row for row in forward if row.spec == made.spec and row is not made]
+    assert isinstance(made.config, ForwardConfig)
+    assert isinstance(near.config, ForwardConfig)
+    assert made.bucket == Problem(made.spec, *build._LONG).bucket
+    assert near.config == replace(made.config, segment=0, summary=None)
+    assert made.config.summary == near.config.fwd
 
 
 def test_bad_requests(fake: FakeToolchain, tmp_path: Path) -> None:
@@ -368,7 +414,7 @@ def test_single_that_cannot_be(fake: FakeToolchain, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [DType.FP16, DType.FP32])
 def test_other_element_types(
-    fake: FakeToolchain, configs: Path, tmp_path: Path, dtype: DType
+    fake: FakeToolchain, uncut: None, configs: Path, tmp_path: Path, dtype: DType
 ) -> None:
     def build_for(*dtypes: DType) -> set[tuple[DType, str]]:
         (result,) = build_packs(
@@ -424,7 +470,11 @@ def test_a_second_build_compiles_nothing_and_touches_nothing(
 
 
 def test_a_second_build_takes_over_what_is_the_same(
-    fake: FakeToolchain, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: FakeToolchain,
+    uncut: None,
+    configs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(build, "STANDARD_PROBLEMS", ())
     out = tmp_path / "out"
@@ -477,13 +527,18 @@ def _empty(tmp_path: Path) -> Path:
 
 
 def test_a_binary_that_was_not_certified_is_not_taken_over(
-    fake: FakeToolchain, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: FakeToolchain,
+    uncut: None,
+    configs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(build, "STANDARD_PROBLEMS", ())
     monkeypatch.setattr(build, "_check_certified", lambda *args: None)
     fake.compile = _other_binary
     build_packs(["h100"], tmp_path / "out", configs_dir=configs)
     monkeypatch.undo()
+    monkeypatch.setattr(build, "_cut_rows", lambda gpu, rows: ())
     monkeypatch.setattr(build, "STANDARD_PROBLEMS", ())
     monkeypatch.setattr(build, "compile_many", fake)
     monkeypatch.setattr(build, "toolchain", lambda: FAKE_TOOLS)

@@ -285,6 +285,7 @@ def fake_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("glac.build.compile_many", compile_many)
     monkeypatch.setattr("glac.build.toolchain", lambda: FAKE_TOOLS)
     monkeypatch.setattr("glac.build.STANDARD_PROBLEMS", ())
+    monkeypatch.setattr("glac.build._cut_rows", lambda gpu, rows: ())
 
 
 def test_build_prints_facts_and_a_pack_that_verifies(

@@ -16,9 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glac import dispatch
-from glac.configs import ChunkKernelConfig, Config, ForwardConfig, default_backward
+from glac.configs import (
+    ChunkKernelConfig,
+    Config,
+    ForwardConfig,
+    default_backward,
+    default_forward,
+    suitable_segment,
+    why_illegal,
+)
 from glac.errors import ConfigError, KernelNotFoundError
-from glac.gpus import GPUS
+from glac.gpus import GPUS, GpuSpec
 from glac.pack import Pack, PackRow
 from glac.problem import Bucket, DType, Gate, Op, Problem, Specialisation
 from glac.settings import Settings, load_settings, shipped_pack_dir
@@ -27,13 +35,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SPEC = Specialisation(64, 64, DType.BF16, Gate.VECTOR, DType.BF16)
 OTHER = replace(SPEC, K=128)
 H100, H200, A100 = GPUS["h100"], GPUS["h200"], GPUS["a100"]
-PROBLEM = Problem(SPEC, B=2, T=1024, H=16)  # bucket 5, 10
+PROBLEM = Problem(SPEC, B=16, T=1024, H=16)  # bucket 8, 10
 CONFIG = ForwardConfig(ChunkKernelConfig(32, 64, 4, 2))
 BACKWARD = default_backward(SPEC, H100, PROBLEM.bucket)
 
 
 def row(
-    bh: int = 5,
+    bh: int = 8,
     t: int = 10,
     *,
     gpu: str = "h100",
@@ -82,19 +90,19 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("rows", "best"),
     [
-        pytest.param([row(4, 10), row(5, 10), row(6, 10)], 1, id="the exact bucket"),
-        pytest.param([row(9, 10), row(7, 9), row(5, 13)], 1, id="the nearest bucket"),
-        pytest.param([row(6, 10), row(4, 10)], 1, id="a tie goes to the smaller"),
-        pytest.param([row(4, 10), row(5, 11)], 0, id="a tie goes to the smaller, other axis"),
-        pytest.param([row(5, 10, source="heuristic"), row(9, 15)], 1, id="tuned before guessed"),
-        pytest.param([row(5, 10, gpu="h200"), row(8, 14)], 1, id="its own GPU before a relative"),
+        pytest.param([row(7, 10), row(8, 10), row(9, 10)], 1, id="the exact bucket"),
+        pytest.param([row(12, 10), row(10, 9), row(8, 13)], 1, id="the nearest bucket"),
+        pytest.param([row(9, 10), row(7, 10)], 1, id="a tie goes to the smaller"),
+        pytest.param([row(7, 10), row(8, 11)], 0, id="a tie goes to the smaller, other axis"),
+        pytest.param([row(8, 10, source="heuristic"), row(12, 15)], 1, id="tuned before guessed"),
+        pytest.param([row(8, 10, gpu="h200"), row(11, 14)], 1, id="its own GPU before a relative"),
         pytest.param(
-            [row(gpu="h100-pcie"), row(7, 12, gpu="h200")], 1, id="the closer relative first"
+            [row(gpu="h100-pcie"), row(10, 12, gpu="h200")], 1, id="the closer relative first"
         ),
         pytest.param(
             [row(source="heuristic"), row(gpu="h200")], 1, id="a relative's tuned before a guess"
         ),
-        pytest.param([row(spec=OTHER), row(9, 15)], 1, id="only its own specialisation"),
+        pytest.param([row(spec=OTHER), row(12, 15)], 1, id="only its own specialisation"),
     ],
 )
 def test_best_row(rows: list[PackRow], best: int) -> None:
@@ -143,6 +151,11 @@ def test_the_best_row_is_beaten_by_none(rows: list[PackRow], heads: int, tokens:
     if best is None:
         assert not hits
         return
+    # Where whole sequences would idle the GPU, rows of other buckets come last.
+    if suitable_segment(CONFIG, SPEC, problem.bucket, H100):
+        own = [r for r in hits if r.bucket == problem.bucket]
+        assert best in own or not own
+        hits = own or hits
     for other in hits:
         if (other.source, other.gpu) == (best.source, best.gpu):
             assert best.bucket.distance(problem.bucket) <= other.bucket.distance(problem.bucket)
@@ -150,6 +163,81 @@ def test_the_best_row_is_beaten_by_none(rows: list[PackRow], heads: int, tokens:
             assert best.source == "tuned"
         if (other.source, other.gpu) == (best.source, "h100"):
             assert best.gpu == "h100"
+
+
+WHOLE = ForwardConfig(ChunkKernelConfig(32, 64, 4, 3))
+CUT = ForwardConfig(ChunkKernelConfig(32, 64, 4, 3), 1024, ChunkKernelConfig(64, 64, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "served", "segment"),
+    [
+        pytest.param(128, 2048, WHOLE, 0, id="the bucket of the tuned one"),
+        pytest.param(256, 2048, WHOLE, 0, id="more heads: the tuned one comes first"),
+        pytest.param(16, 256, WHOLE, 0, id="few heads, but short sequences"),
+        pytest.param(4, 32768, CUT, 1024, id="the bucket of the one that cuts"),
+        pytest.param(4, 65536, CUT, 1024, id="twice as long"),
+        pytest.param(32, 16384, CUT, 2048, id="more heads, fewer segments"),
+        pytest.param(1, 4096, CUT, 512, id="one head"),
+        pytest.param(64, 2048, WHOLE, 0, id="two segments would gain nothing"),
+        pytest.param(64, 8192, CUT, 2048, id="half of the SMs idle"),
+    ],
+)
+def test_sequences_are_cut_where_heads_are_few(
+    install: Any, heads: int, tokens: int, served: ForwardConfig, segment: int
+) -> None:
+    install(pack("p", row(7, 11, config=WHOLE), row(2, 15, source="heuristic", config=CUT)))
+    decision = dispatch.decide(Problem(SPEC, 1, tokens, heads), H100)
+    assert isinstance(decision.config, ForwardConfig)
+    assert decision.config.fwd == served.fwd
+    assert decision.config.segment == segment
+    assert (decision.config.summary is None) == (segment == 0)
+    assert decision.config_id == decision.config.slug
+    # The kernels of the row serve the config of the decision.
+    needed = PackRow.make("h100", "tuned", "", SPEC, Bucket(0, 0), decision.config).kernels
+    assert needed.items() <= decision.kernels.items()
+    assert ("segments of" in decision.reason) == (segment not in (0, CUT.segment))
+
+
+def test_a_row_that_cuts_serves_whole_sequences_too(install: Any) -> None:
+    install(pack("p", row(2, 15, config=CUT)))
+    decision = dispatch.decide(Problem(SPEC, 16, 2048, 16), H100)
+    assert decision.config == replace(CUT, segment=0, summary=None)
+    assert "not cut" in decision.reason
+
+
+@settings(max_examples=200)
+@given(
+    k=st.integers(1, 512),
+    v=st.integers(1, 512),
+    bh=st.integers(0, 12),
+    t=st.integers(0, 21),
+    gpu=st.sampled_from(list(GPUS.values())),
+    dtype=st.sampled_from(list(DType)),
+)
+def test_segments_that_suit(k: int, v: int, bh: int, t: int, gpu: GpuSpec, dtype: DType) -> None:
+    spec = Specialisation(k, v, dtype, Gate.VECTOR, dtype)
+    bucket = Bucket(bh, t)
+    for config in (default_forward(spec, gpu, bucket), default_backward(spec, gpu, bucket)):
+        assert why_illegal(spec, config, gpu) is None
+        programs = 2**bh * config.tiles(spec)
+        if config.segment:
+            assert config.segment * 2 <= 2**t
+            assert programs * 2 <= gpu.sm_count
+            # Not more programs than two for each SM, or what rounding makes of it.
+            assert programs * 2**t / config.segment <= 3 * gpu.sm_count
+        elif 2**t >= 2**17:
+            assert programs * 2 > gpu.sm_count
+
+
+def test_a_backward_row_is_cut_as_the_problem_wants(install: Any) -> None:
+    config = default_backward(OTHER, H100, Bucket(7, 11))
+    assert config.segment == 0
+    install(pack("p", row(7, 11, spec=OTHER, config=config)))
+    decision = dispatch.decide(Problem(OTHER, 1, 65536, 4), H100, Op.BACKWARD)
+    assert decision.config == replace(config, segment=4096)  # 16 segments of 8 tiles: 128 programs
+    again = dispatch.decide(Problem(OTHER, 4, 65536, 64), H100, Op.BACKWARD)
+    assert again.config == config
 
 
 def test_the_first_pack_with_a_row_wins(install: Any) -> None:
