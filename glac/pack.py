@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 SOURCES = ("tuned", "heuristic")
+_OPS = tuple(op.value for op in Op)
 MAX_MANIFEST = 64 << 20
 """Bytes of a manifest that are read; those of the shipped packs have a hundredth."""
 MAX_CUBIN = 64 << 20
@@ -246,9 +248,14 @@ _ROW_KEYS = frozenset(field.name for field in fields(PackRow)) | {"op"}
 
 def run_time_args(kernel: KernelSpec) -> tuple[tuple[str, str], ...]:
     """Names and types of a kernel's run-time arguments, in order."""
+    return _run_time_args(kernel.template, kernel.spec)
+
+
+@functools.lru_cache(maxsize=256)  # many kernels of a pack share them
+def _run_time_args(template: str, spec: Specialisation) -> tuple[tuple[str, str], ...]:
     return tuple(
-        (arg.name, pointer_type(arg.kind, kernel.spec) if arg.is_pointer else arg.kind)
-        for arg in active_args(kernel.template, kernel.spec)
+        (arg.name, pointer_type(arg.kind, spec) if arg.is_pointer else arg.kind)
+        for arg in active_args(template, spec)
     )
 
 
@@ -278,6 +285,7 @@ class _Checker:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._parsed: dict[tuple[Callable[..., Any], str], Any] = {}
+        self._kernels: dict[tuple[Specialisation, Config], list[KernelSpec]] = {}
 
     def parsed(self, parse: Callable[[Any, str], _T], value: Any, what: str) -> _T:
         """``parse(value, what)``, once for equal content: rows repeat few specs and configs."""
@@ -287,6 +295,13 @@ class _Checker:
             self._parsed[key] = parse(value, what)
         found: _T = self._parsed[key]
         return found
+
+    def kernels(self, spec: Specialisation, config: Config, arch: str) -> list[KernelSpec]:
+        """``config_kernels``, once where rows of several GPUs have the same config."""
+        key = (spec, config)
+        if key not in self._kernels:
+            self._kernels[key] = config_kernels(spec, config, arch)
+        return self._kernels[key]
 
     def fail(self, field: str, reason: str, hint: str = REBUILD) -> PackError:
         return PackError(f"{self.path}: {MANIFEST}: {field}: {reason}", hint=hint)
@@ -380,7 +395,7 @@ def _check_row(
 ) -> PackRow:
     field = f"rows[{index}]"
     data = check.mapping(value, _ROW_KEYS, field)
-    op = Op(check.one_of(data["op"], [op.value for op in Op], f"{field}.op"))
+    op = Op(check.one_of(data["op"], _OPS, f"{field}.op"))
     gpu = check.one_of(data["gpu"], GPUS, f"{field}.gpu")
     if GPUS[gpu].arch != arch:
         raise check.fail(f"{field}.gpu", f"{gpu} runs {GPUS[gpu].arch}, this pack is {arch}")
@@ -397,7 +412,7 @@ def _check_row(
     reason = why_illegal(spec, config, GPUS[gpu])
     if reason:
         raise check.fail(f"{field}.config", reason)
-    wanted = config_kernels(spec, config, arch)
+    wanted = check.kernels(spec, config, arch)
     named = check.mapping(
         data["kernels"], frozenset(kernel.template for kernel in wanted), f"{field}.kernels"
     )

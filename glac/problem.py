@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from enum import Enum
 from typing import Any
 
@@ -148,10 +148,14 @@ class Specialisation:
         return f"k{self.K}_v{self.V}_{gate}_{self.dtype.value}{wide}"
 
     def to_dict(self) -> dict[str, Any]:
-        data = asdict(self)
-        for key in ("dtype", "gate", "gate_dtype"):
-            data[key] = data[key].value
-        return data
+        return {
+            "K": self.K,
+            "V": self.V,
+            "dtype": self.dtype.value,
+            "gate": self.gate.value,
+            "gate_dtype": self.gate_dtype.value,
+            "rank": self.rank,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "specialisation") -> Specialisation:
