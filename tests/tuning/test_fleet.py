@@ -85,8 +85,9 @@ def test_tuners_of_several_machines_share_a_study(kind: str, tmp_path: Path) -> 
     logs = [tmp_path / f"{i}.log" for i in range(3)]
     with a_storage(kind, tmp_path) as storage:
         words = ["-m", "glac", "tune", "--replay", table, "--storage", storage, "--json"]
+        # Long enough that a command which starts seconds after the others still has its part.
         processes = [
-            kills.start([sys.executable, *map(str, words), "--replay-sleep", "0.2",
+            kills.start([sys.executable, *map(str, words), "--replay-sleep", "0.6",
                          "--replay-log", str(log)])
             for log in logs
         ]  # fmt: skip
