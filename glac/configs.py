@@ -875,14 +875,22 @@ def suitable_segment(
     return 0 if segment * (4 if forward else 2) > tokens else segment
 
 
-def suited(config: Config, spec: Specialisation, bucket: Bucket, gpu: GpuSpec) -> Config:
+def suited(
+    config: Config,
+    spec: Specialisation,
+    bucket: Bucket,
+    gpu: GpuSpec,
+    *,
+    new_kernels: bool = False,
+) -> Config:
     """A config that was made for another bucket, with the segments that suit this one.
 
-    It needs no other kernels, as the length of a segment is an argument at run time.
+    It needs no other kernels, as the length of a segment is an argument at run time; with
+    ``new_kernels`` a forward config may also get the kernel for segments that it lacks.
     """
     if isinstance(config, BackwardConfig):
         return replace(config, segment=suitable_segment(config, spec, bucket, gpu))
-    if isinstance(config, ForwardConfig) and config.summary is not None:
+    if isinstance(config, ForwardConfig) and (config.summary is not None or new_kernels):
         return cut_forward(config, spec, bucket, gpu)
     return config
 

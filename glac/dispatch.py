@@ -27,10 +27,10 @@ from glac.configs import (
     ForwardConfig,
     ScalarBackwardConfig,
     ScalarForwardConfig,
-    cut_forward,
     default_config,
     suitable_segment,
     suited,
+    why_illegal,
 )
 from glac.errors import GlacError, KernelNotFoundError, PackError
 from glac.fit import Device, check_fit, row_fits, runs_on
@@ -348,7 +348,10 @@ def _not_found(
 
 
 def miss_config(problem: Problem, gpu: GpuSpec, op: Op = Op.FORWARD) -> Config:
-    """The config for a problem that no pack has: the nearest tuned row's, else the heuristic's."""
+    """The config for a problem that no pack has: the nearest tuned row's, else the heuristic's.
+
+    In another bucket than its own, a tuned row's is cut into segments as the problem wants.
+    """
     default = default_config(op, problem.spec, gpu, problem.bucket)
     try:
         from glac.tuned import available  # needs PyYAML, which serving from packs does not
@@ -363,9 +366,8 @@ def miss_config(problem: Problem, gpu: GpuSpec, op: Op = Op.FORWARD) -> Config:
             near = min(hits, key=lambda row: _nearness(row.bucket, problem.bucket))
             if near.bucket == problem.bucket:
                 return near.config
-            if isinstance(near.config, ForwardConfig):
-                return cut_forward(near.config, problem.spec, problem.bucket, gpu)
-            return suited(near.config, problem.spec, problem.bucket, gpu)
+            config = suited(near.config, problem.spec, problem.bucket, gpu, new_kernels=True)
+            return near.config if why_illegal(problem.spec, config, gpu) else config
     return default
 
 

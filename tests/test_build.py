@@ -562,7 +562,7 @@ def test_real_build_is_the_same_with_any_jobs(
 
 
 def test_a_users_own_rows_are_built_instead_of_those_that_came(
-    fake: FakeToolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake: FakeToolchain, uncut: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = tmp_path / "mine", tmp_path / "team"
     whole, split = tuned_file().rows
@@ -579,3 +579,8 @@ def test_a_users_own_rows_are_built_instead_of_those_that_came(
     # And a build on a miss starts from the nearest row of all of them.
     problem = replace(split.problem, T=700)
     assert miss_config(problem, GPUS["h100"]) == WHOLE
+    # With segments where the GPU would idle without them.
+    cut = miss_config(replace(problem, B=1, T=65536, H=1), GPUS["h100"])
+    assert isinstance(cut, ForwardConfig)
+    assert cut == replace(WHOLE, segment=cut.segment, summary=WHOLE.fwd)
+    assert 0 < cut.segment < 65536 // 4
