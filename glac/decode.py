@@ -206,7 +206,7 @@ def _check(i: DecodeInputs, want: Want) -> tuple[Problem, HeadGroups]:
         raise InputTypeError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
     want_dtype("k", k, (q.dtype,), "as q")
     want_dtype("v", v, (q.dtype,), "as q")
-    groups = head_groups(Hq, Hk, Hs)
+    groups = head_groups(q, k, v)
     cu = i.cu_seqlens
     if cu is not None:
         want_tensor("cu_seqlens", cu)

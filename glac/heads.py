@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from glac.errors import InputError
 from glac.record import dataclass
+from glac.validate import check_heads
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,13 @@ class HeadGroups:
         )
 
 
-def head_groups(Hq: int, Hk: int, Hs: int) -> HeadGroups:
-    """The groups of an operation with so many query, key and state heads.
+def head_groups(q: Tensor, k: Tensor, v: Tensor) -> HeadGroups:
+    """The groups of an operation on ``[B, T, heads, D]``.
 
     Raises:
-        InputError: they do not divide.
+        InputError: heads do not divide.
     """
-    if Hs % Hk:
-        raise InputError(
-            f"k has {Hk} heads, which must divide the {Hs} heads of v",
-            hint="heads that share keys are neighbours: head i reads key head i // (Hv // Hk)",
-        )
-    if Hq % Hs and Hs % Hq:
-        raise InputError(
-            f"q has {Hq} heads, which must divide the {Hs} heads of v or be a multiple of them",
-            hint="heads that share a state are neighbours: head i reads state i // (Hq // Hv)",
-        )
+    check_heads(q, k, v)
+    Hq, Hk, Hs = q.shape[2], k.shape[2], v.shape[2]
     heads = max(Hq, Hs)
     return HeadGroups(heads // Hq, heads // Hk, heads // Hs)

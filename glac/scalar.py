@@ -32,6 +32,7 @@ from glac.validate import (
     MAX_PROGRAMS,
     TORCH_DTYPES,
     check_boundaries,
+    check_cu,
     check_gate_values,
     check_sizes,
     same_device,
@@ -111,7 +112,7 @@ def check(i: ScalarInputs) -> ScalarProblem:
     want_dtype("q", i.q, supported, "what kernels take")
     want_dtype("k", i.k, (i.q.dtype,), "as q")
     want_dtype("v", i.v, (i.q.dtype,), "as q")
-    groups = head_groups(Hq, Hk, Hs)
+    groups = head_groups(i.q, i.k, i.v)
     gate_dtype = DType.FP32
     if i.g is not None:
         want_tensor("g", i.g)
@@ -123,15 +124,7 @@ def check(i: ScalarInputs) -> ScalarProblem:
         want_dtype("g", i.g, tuple({i.q.dtype: 0, torch.float32: 0}), "q's dtype or float32")
         gate_dtype = DTYPES[i.g.dtype]
     cu = i.cu_seqlens
-    if cu is not None:
-        want_tensor("cu_seqlens", cu)
-        want_rank("cu_seqlens", cu, "[N + 1]")
-        want_dtype("cu_seqlens", cu, (torch.int32, torch.int64), "positions of tokens")
-        if B != 1 or cu.shape[0] < 2:
-            raise InputError(
-                f"cu_seqlens [N + 1] goes with tensors [1, T, H, D] and N >= 1, got B={B} and "
-                f"{tuple(cu.shape)}"
-            )
+    check_cu(cu, i.q)
     state = i.initial_state
     if state is not None:
         want_tensor("initial_state", state)

@@ -139,24 +139,35 @@ class _Sizes:
         )
 
 
-def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Keys serve groups of values; queries serve groups of values, or share a state."""
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse heads that do not divide: neighbours share keys, queries, or a state.
+
+    Raises:
+        InputError: those of k do not divide those of v, or those of q neither do nor are a
+            multiple of them.
+    """
     q_heads, k_heads, v_heads = q.shape[2], k.shape[2], v.shape[2]
     if v_heads % k_heads:
         raise InputError(
             f"k must be [B, T, Hk, K] with Hk a divisor of the {v_heads} heads of v, "
             f"got {_shape(k)}",
-            hint="several heads of v may share a head of k, not the other way round",
+            hint="several heads of v, neighbours, may share a head of k, not the other way round",
         )
     if v_heads % q_heads and q_heads % v_heads:
         raise InputError(
             f"q must be [B, T, Hq, K] with Hq a divisor or a multiple of the {v_heads} heads of "
-            f"v, got {_shape(q)}"
+            f"v, got {_shape(q)}",
+            hint="heads that share a state are neighbours: head i reads state i // (Hq // Hv)",
         )
 
 
-def _check_cu(cu_seqlens: Tensor | None, q: Tensor) -> int:
-    """How many sequences a packed batch has; 0 without ``cu_seqlens``."""
+def check_cu(cu_seqlens: Tensor | None, q: Tensor) -> int:
+    """How many sequences a packed batch has; 0 without ``cu_seqlens``.
+
+    Raises:
+        InputError: its shape is wrong, or the batch is not packed into one row.
+        InputTypeError: it is no tensor of integers.
+    """
     if cu_seqlens is None:
         return 0
     want_tensor("cu_seqlens", cu_seqlens)
@@ -208,7 +219,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> _S
     for name, size in (("B", B), ("T", T), ("H", min(q_heads, k_heads, v_heads))):
         if size < 1:
             raise InputError(f"{name} must be at least 1, got q of shape {_shape(q)}")
-    _check_heads(q, k, v)
+    check_heads(q, k, v)
     H = max(q_heads, v_heads)
     check_sizes(K, V, H)
     if T > MAX_TOKENS:
@@ -217,7 +228,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> _S
         raise InputTypeError(f"q must be {_SUPPORTED}, got {q.dtype}")
     want_dtype("k", k, (q.dtype,), "as q")
     want_dtype("v", v, (q.dtype,), "as q")
-    packed = _check_cu(cu_seqlens, q)
+    packed = check_cu(cu_seqlens, q)
     return _Sizes(B, T, H, K, V, DTYPES[q.dtype], packed, q_heads, k_heads, v_heads)
 
 

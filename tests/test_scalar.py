@@ -181,7 +181,11 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     refused(InputError, "g must be", g=torch.zeros(2, 37, 5))
     refused(InputError, "g must be", g=None)
     refused(InputTypeError, "g must be", g=torch.zeros(2, 37, 4).half())
-    refused(InputError, "k has 3 heads", k=torch.zeros(2, 37, 3, 16))
+    refused(
+        InputError,
+        "k must be .* with Hk a divisor of the 4 heads of v",
+        k=torch.zeros(2, 37, 3, 16),
+    )
     refused(InputError, "initial_state must be", initial_state=torch.zeros(2, 4, 24, 16))
     refused(InputError, "cu_seqlens", cu_seqlens=torch.zeros(3, dtype=torch.int32))
     refused(InputTypeError, "cu_seqlens", cu_seqlens=torch.zeros(3))
