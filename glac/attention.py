@@ -116,7 +116,7 @@ def chunk_gla(
             kernels up to rounding. A step decays by at most e^-111. Positive gates are an error in
             checked mode (``GLAC_CHECKED=1``) and undefined otherwise.
         scale: factor on the queries, default ``K ** -0.5``.
-        initial_state: ``[N, Hs, K, V]`` in fp32 or bf16, default zeros. Its gradient is too.
+        initial_state: ``[N, Hs, K, V]`` in fp32 or bf16, default zeros. So is its gradient.
         output_final_state: also return the state after the last token.
         cu_seqlens: boundaries of a packed batch (B = 1), ``[N + 1]`` in int32 (or int64, for one
             more launch): 0, the first token of each further sequence, T. Sequences may be empty.
@@ -372,13 +372,14 @@ def chunk_simple_gla(
         initial_state: ``[N, H, K, V]`` in fp32 or bf16, default zeros. N is B, or the number of
             packed sequences.
         output_final_state: also return the state after the last token.
-        cu_seqlens: boundaries of a packed batch, as for ``chunk_gla``, like the arguments after
-            it, and like ``torch.autocast``.
+        cu_seqlens: boundaries of a packed batch, as for ``chunk_gla``.
         cu_seqlens_cpu: a copy of it in CPU memory, whose values are then checked.
         reverse: walk from the last token to the first. Copies the inputs.
         state_layout: ``"kv"``, or ``"vk"`` where both states are ``[N, H, V, K]``.
         state_dtype: of the final state, fp32 or bf16.
         chunk_size: tokens per chunk of the PyTorch path.
+
+    Under ``torch.autocast`` q, k, v and a gate that is not fp32 are cast to its dtype.
 
     Returns:
         ``o [B, T, max(Hq, H), V]`` in q's dtype, and the final state, of ``initial_state``'s shape
@@ -510,8 +511,6 @@ def _scalar(
     chunk = check_chunk_size(chunk_size)
     if cu is not None or form.cu_seqlens_cpu is not None:
         _check_boundaries(cu, form.cu_seqlens_cpu, problem)
-    if cu is not None:
-        cu = cu.to(torch.int32)  # the tensor itself, if it is
     if form.reverse:
         q, k, v = (x.flip(1) for x in (q, k, v))
         g = g.flip(1) if g is not None and g.dim() == 3 else g

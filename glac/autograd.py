@@ -253,7 +253,7 @@ class _Attention(torch.autograd.Function):
         if do is None:
             if dht is None:
                 return (None,) * (1 + len(tensors))
-            do = tensors[2].new_zeros(ops.output_shape(tensors[0], tensors[2]))
+            do = ops.no_gradient(tensors[0], tensors[2])
         # With create_graph the gradients get a node of their own, if only to raise an error.
         run = _Gradients.apply if torch.is_grad_enabled() else _backward
         _, *needs = ctx.needs_input_grad

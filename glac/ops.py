@@ -53,6 +53,11 @@ def output_shape(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     return B, T, max(heads, v.shape[2]), v.shape[3]
 
 
+def no_gradient(q: Tensor, v: Tensor) -> Tensor:
+    """The gradient of an output that nothing depends on."""
+    return v.new_zeros(output_shape(q, v))
+
+
 class _Node(torch.autograd.Function):
     """What a differentiable operator leaves in the graph."""
 
@@ -77,6 +82,12 @@ def _differentiable(
     """As ``torch.library.register_autograd``, for operators without keyword arguments.
 
     That one makes two classes for each operator, a quarter of the time of importing glac.
+
+    Args:
+        operator: an overload.
+        save: keeps in a context what the gradient needs of the arguments.
+        differentiate: from that context, whether each argument wants a gradient, and the
+            gradients of the results to those of the arguments.
     """
 
     def run(keys: Any, *args: Any) -> Any:
@@ -99,30 +110,26 @@ def _refuse(ctx: Any, needs: Sequence[bool], *grads: Tensor | None) -> Any:
     raise no_second_derivative()
 
 
-def operator(which: str) -> Any:
-    """The operator of that name."""
-    return getattr(torch.ops.glac, which).default
-
-
 def define_passes(
     name: str,
     schemas: tuple[str, str],
     runs: tuple[Callable[..., Any], Callable[..., Any]],
     fakes: tuple[Callable[..., Any], Callable[..., Any]],
-    save: Callable[[Any, tuple[Any, ...]], None],
-    differentiate: Callable[..., tuple[Tensor | None, ...]],
+    count: int,
 ) -> tuple[Any, Any]:
     """Define the operators ``<name>_fwd`` and ``<name>_bwd``, and return them.
+
+    The forward operator takes ``count`` tensors, q, k and v first and the boundaries of a packed
+    batch last, then numbers, of which the last are whether the final state is wanted and the chunk
+    size. The backward operator takes the tensors, the gradients of both results, and the numbers
+    but that one; it returns a gradient for each tensor but the boundaries, and has none itself.
 
     Args:
         name: what both names begin with.
         schemas: what follows the names.
         runs: what they do, on any device.
         fakes: the same for shapes and dtypes alone.
-        save: keeps in the context of a forward call what its gradient needs, given the arguments.
-        differentiate: from that context, whether each argument wants a gradient, and the
-            gradients of the results to those of the arguments. The backward operator's gradient
-            is an error.
+        count: of the input tensors.
     """
     pair = []
     for which, schema, run, fake in zip(("fwd", "bwd"), schemas, runs, fakes, strict=True):
@@ -130,13 +137,33 @@ def define_passes(
         library.define(f"{full}{schema}")
         library.impl(full, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"glac::{full}", fake, lib=library)
-        pair.append(operator(full))
-    _differentiable(pair[0], save, differentiate)
-    _differentiable(pair[1], _keep_nothing, _refuse)
-    return pair[0], pair[1]
+        pair.append(getattr(torch.ops.glac, full).default)
+    forward, backward = pair
+
+    def save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:count])
+        ctx.numbers = inputs[count:]
+
+    def differentiate(
+        ctx: Any, needs: Sequence[bool], do: Tensor | None, dht: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        *numbers, output_final_state, chunk_size = ctx.numbers
+        dht = dht if output_final_state else None
+        if do is None and dht is None:
+            return (None,) * len(needs)
+        if do is None:
+            do = no_gradient(inputs[0], inputs[2])
+        grads = backward(*inputs, do, dht, *numbers, chunk_size)
+        return *wanted(needs, (*grads, None)), *(None for _ in ctx.numbers)
+
+    _differentiable(forward, save, differentiate)
+    _differentiable(backward, _keep_nothing, _refuse)
+    return forward, backward
 
 
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     """``tensor``, contiguous; without one an empty fp32 tensor."""
     return like.new_empty(0, dtype=torch.float32) if tensor is None else tensor.contiguous()
 
@@ -185,7 +212,7 @@ class _Family:
             chunk_size,
             cu,
         )
-        return o, _or_empty(state, q)
+        return o, or_empty(state, q)
 
     def fake_forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         q, _, v, *_, cu = args[: self.count]
@@ -213,32 +240,13 @@ class _Family:
             dh0=initial_state is not None,
             cu=cu,
         )
-        return tuple(_or_empty(t, q) for t in (dq, dk, dv, *gates, dh0))
+        return tuple(or_empty(t, q) for t in (dq, dk, dv, *gates, dh0))
 
     def fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
         q, k, v, gate, *wide, _ = args[: self.count]
         grads = [_fake(t, t.shape) for t in (q, k, v, gate)]
         shapes = ((0,) if t is None else t.shape for t in wide)
         return *grads, *(_fake(q, shape, torch.float32) for shape in shapes)
-
-    def save(self, ctx: Any, inputs: tuple[Any, ...]) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[: self.count])
-        ctx.numbers = inputs[self.count :]
-
-    def differentiate(
-        self, ctx: Any, needs: Sequence[bool], do: Tensor | None, dht: Tensor | None
-    ) -> Any:
-        inputs = ctx.saved_tensors
-        *numbers, output_final_state, chunk_size = ctx.numbers
-        dht = dht if output_final_state else None
-        unused = (None,) * len(ctx.numbers)
-        if do is None and dht is None:
-            return *(None for _ in inputs), *unused
-        if do is None:
-            do = inputs[2].new_zeros(output_shape(inputs[0], inputs[2]))
-        grads = operator(f"{self.name}_bwd")(*inputs, do, dht, *numbers, chunk_size)
-        return *wanted(needs, (*grads, None)), *unused
 
     def define(self) -> tuple[Any, Any]:
         """Define both operators, and return them."""
@@ -254,8 +262,7 @@ class _Family:
             ),
             (self.forward, self.backward),
             (self.fake_forward, self.fake_backward),
-            self.save,
-            self.differentiate,
+            self.count,
         )
 
 

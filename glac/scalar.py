@@ -21,7 +21,7 @@ from glac import dispatch
 from glac.configs import ScalarBackwardConfig, ScalarForwardConfig
 from glac.errors import InputError
 from glac.heads import HeadGroups, head_groups
-from glac.layouts import contiguous, laid_out
+from glac.layouts import boundaries, contiguous, laid_out
 from glac.plan import Plan, strides
 from glac.problem import DType, Gate, Op, Problem, Specialisation
 from glac.record import dataclass
@@ -35,6 +35,7 @@ from glac.validate import (
     check_cu,
     check_gate_values,
     check_sizes,
+    check_state,
     same_device,
     want_dtype,
     want_rank,
@@ -58,7 +59,8 @@ class ScalarInputs:
         v: ``[B, T, Hs, V]``.
         g: ``[B, T, Hs]`` or ``[Hs]``, natural log, <= 0; None: no decay.
         initial_state: ``[N, Hs, K, V]`` in fp32, or None.
-        cu_seqlens: ``[N + 1]`` int32 where N sequences are packed into one row, or None: N = B.
+        cu_seqlens: ``[N + 1]`` in int32 or int64 where N sequences are packed into one row, or
+            None: N = B.
     """
 
     q: Tensor
@@ -126,11 +128,7 @@ def check(i: ScalarInputs) -> ScalarProblem:
     cu = i.cu_seqlens
     check_cu(cu, i.q)
     state = i.initial_state
-    if state is not None:
-        want_tensor("initial_state", state)
-        want_rank("initial_state", state, "[N, H, K, V]")
-        want_shape("initial_state", state, "[N, H, K, V]", (i.sequences, Hs, K, V))
-        want_dtype("initial_state", state, (torch.float32,), "states are fp32 or bf16")
+    check_state(state, (i.sequences, Hs, K, V))
     same_device(i.q, k=i.k, v=i.v, g=i.g, initial_state=state, cu_seqlens=cu)
     spec = Specialisation(K, V, DTYPES[i.q.dtype], Gate.SCALAR, gate_dtype)
     return ScalarProblem(Problem(spec, B, T, max(Hq, Hs)), groups)
@@ -175,7 +173,7 @@ def _laid_out(i: ScalarInputs) -> ScalarInputs:
         laid_out(i.v, unit_v),
         _usable_gate(i.g),
         contiguous(i.initial_state),
-        contiguous(i.cu_seqlens),
+        boundaries(i.cu_seqlens),
     )
 
 

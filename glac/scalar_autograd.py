@@ -23,7 +23,14 @@ from glac.autograd import _observed as observed
 from glac.autograd import _transforms as transforms
 from glac.autograd import _wants_grad as wants_grad
 from glac.errors import KernelNotFoundError
-from glac.ops import define_passes, no_second_derivative, wanted
+from glac.ops import (
+    define_passes,
+    no_gradient,
+    no_second_derivative,
+    or_empty,
+    output_shape,
+    wanted,
+)
 from glac.problem import Op
 from glac.scalar import ScalarInputs
 from glac.settings import require_aot
@@ -129,7 +136,7 @@ class _Attention(torch.autograd.Function):
         if do is None:
             if dht is None:
                 return (None,) * (1 + len(tensors))
-            do = _no_do(*tensors[:3])
+            do = no_gradient(tensors[0], tensors[2])
         run = _Gradients.apply if torch.is_grad_enabled() else _backward
         _, *needs = ctx.needs_input_grad
         grads = run(ctx.call, needs, do, dht, *tensors)
@@ -162,32 +169,20 @@ class _Gradients(torch.autograd.Function):
         raise no_tangents()
 
 
-def _no_do(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The gradient of an output that nothing depends on."""
-    return v.new_zeros((*v.shape[:2], max(q.shape[2], v.shape[2]), v.shape[3]))
-
-
 # ---- operators ----
-
-
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0, dtype=torch.float32) if tensor is None else tensor.contiguous()
 
 
 def _op_forward(*args: Any) -> tuple[Tensor, Tensor]:
     i = ScalarInputs(*args[:_COUNT])
     o, state = scalar.forward(i, *args[_COUNT:])
-    return o, _or_empty(state, i.q)
+    return o, or_empty(state, i.q)
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
     i = ScalarInputs(*args[:_COUNT])
     _, output_final_state, _ = args[_COUNT:]
-    B, T, Hq, K = i.q.shape
-    Hs, V = i.v.shape[2:]
-    final = (i.sequences, Hs, K, V) if output_final_state else (0,)
-    o = i.q.new_empty((B, T, max(Hq, Hs), V))
-    return o, i.q.new_empty(final, dtype=torch.float32)
+    final = (i.sequences, i.v.shape[2], i.q.shape[3], i.v.shape[3]) if output_final_state else (0,)
+    return i.q.new_empty(output_shape(i.q, i.v)), i.q.new_empty(final, dtype=torch.float32)
 
 
 def _op_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -202,7 +197,7 @@ def _op_backward(*args: Any) -> tuple[Tensor, ...]:
         want_dg=i.g is not None,
         want_dh0=i.initial_state is not None,
     )
-    return tuple(_or_empty(t, i.q) for t in grads)
+    return tuple(or_empty(t, i.q) for t in grads)
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -211,24 +206,6 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     h0 = i.initial_state
     dh0 = i.q.new_empty((0,) if h0 is None else h0.shape, dtype=torch.float32)
     return *(t.new_empty(t.shape) for t in (i.q, i.k, i.v)), dg, dh0
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_COUNT])
-    ctx.numbers = inputs[_COUNT:]
-
-
-def _differentiate(ctx: Any, needs: Sequence[bool], do: Tensor | None, dht: Tensor | None) -> Any:
-    inputs = ctx.saved_tensors
-    scale, output_final_state, chunk_size = ctx.numbers
-    dht = dht if output_final_state else None
-    if do is None and dht is None:
-        return (None,) * (_COUNT + 3)
-    if do is None:
-        do = _no_do(*inputs[:3])
-    grads = chunk_simple_gla_bwd(*inputs, do, dht, scale, chunk_size)
-    return *wanted(needs, (*grads, None)), None, None, None
 
 
 chunk_simple_gla_fwd, chunk_simple_gla_bwd = define_passes(
@@ -241,6 +218,5 @@ chunk_simple_gla_fwd, chunk_simple_gla_bwd = define_passes(
     ),
     (_op_forward, _op_backward),
     (_fake_forward, _fake_backward),
-    _save,
-    _differentiate,
+    _COUNT,
 )

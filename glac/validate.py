@@ -241,7 +241,13 @@ def same_device(q: Tensor, **others: Tensor | None) -> None:
             )
 
 
-def _check_state(state: Tensor | None, wanted: tuple[int, int, int, int]) -> None:
+def check_state(state: Tensor | None, wanted: tuple[int, int, int, int]) -> None:
+    """Refuse an initial state that is not ``[N, Hs, K, V]``, as ``wanted``, in fp32.
+
+    Raises:
+        InputError: its shape is wrong.
+        InputTypeError: it is no tensor, or of another dtype.
+    """
     if state is None:
         return
     want_tensor("initial_state", state)
@@ -264,7 +270,7 @@ def check_vector(
     want_rank("g", g, "[B, T, H, K]")
     want_shape("g", g, "[B, T, Hs, K]", (sizes.B, sizes.T, sizes.state_heads, sizes.K))
     want_dtype("g", g, tuple({q.dtype: 0, torch.float32: 0}), "q's dtype or float32")
-    _check_state(initial_state, sizes.state_shape)
+    check_state(initial_state, sizes.state_shape)
     same_device(q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
     return sizes.problem(Gate.VECTOR, DTYPES[g.dtype])
 
@@ -303,7 +309,7 @@ def check_lowrank(
         want_shape("bias", bias, "[Hs*K]", (channels,))
         want_dtype("bias", bias, tuple({q.dtype: 0, torch.float32: 0}), "q's dtype or float32")
         gate_dtype = DTYPES[bias.dtype]
-    _check_state(initial_state, sizes.state_shape)
+    check_state(initial_state, sizes.state_shape)
     same_device(
         q,
         k=k,

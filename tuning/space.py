@@ -149,7 +149,7 @@ def _worth_compiling(config: ChunkKernelConfig, spec: Specialisation, gpu: GpuSp
 
 def _prior(config: ForwardConfig, problem: Problem, gpu: GpuSpec) -> float:
     """Smaller is more promising: distance from what has been fast on Hopper."""
-    programs = problem.B * problem.H * math.ceil(problem.spec.V / config.fwd.block_v)
+    programs = problem.B * problem.H * config.tiles(problem.spec)
     if config.segment:
         programs *= config.segments(problem.T)
     empty = math.log2(gpu.sm_count / programs)
