@@ -8,9 +8,9 @@ per shape. Here N processes walk the same calls, share the candidates between th
 compile, into one Triton cache; no candidate is launched, so a bad one cannot take the GPU down.
 The run that measures then finds every candidate compiled and only times them.
 
-Every kernel that fla 0.6.0 launches for GLA goes through Triton's autotuner, so none runs here.
-What they would have written stays uninitialised, and only casts of gradients read it. A shape has
-122 candidates in the forward pass and up to 198 in the backward pass.
+Every kernel that fla 0.6.0 launches for GLA (``--gate vector``) goes through the autotuner, so
+none runs here. What they would have written stays uninitialised, and only casts of gradients read
+it. A shape has 122 candidates in the forward pass and up to 198 in the backward pass.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -35,6 +36,14 @@ ROOT = Path(__file__).resolve().parents[1]
 TOKENS = (
     256  # fla's kernels are not specialised on T, only on its chunk size, which is 64 from here
 )
+
+
+KINDS = {
+    "vector": ("gla", "chunk_gla"),
+    "scalar": ("simple_gla", "chunk_simple_gla"),
+    "head": ("retention", "chunk_retention"),
+}
+"""For each kind of gate where fla has its operation, and the name of it."""
 
 
 class Compiler:
@@ -81,6 +90,7 @@ def compile_shard(
     *,
     dtype: str,
     gate_dtype: str,
+    kinds: Sequence[str] = ("vector",),
     backward: bool,
     device: str = "cuda",
 ) -> Compiler:
@@ -95,20 +105,25 @@ def compile_shard(
         compiler.run(tuner, *args, **kwargs)
 
     Autotuner.run = run
-    chunk_gla: Callable[..., Any] = importlib.import_module("fla.ops.gla").chunk_gla
     element, gate_element = getattr(torch, dtype), getattr(torch, gate_dtype)
-    for B, T, H, K, V in shapes:
+    for kind, (B, T, H, K, V) in itertools.product(kinds, shapes):
+        room, name = KINDS[kind]
+        operation: Callable[..., Any] = getattr(importlib.import_module(f"fla.ops.{room}"), name)
         # B and H are compile-time constants of fla's cumsum.
-        compiler.shape, compiler.calls = f"{B} {H} {K} {V}", 0
+        compiler.shape, compiler.calls = f"{kind} {B} {H} {K} {V}", 0
         tokens = min(T, TOKENS)
+        sizes = [(B, tokens, H, D) for D in (K, K, V)]
+        gates = {"vector": [(B, tokens, H, K)], "scalar": [(B, tokens, H)], "head": []}[kind]
+
+        def zeros(size: tuple[int, ...], of: torch.dtype) -> torch.Tensor:
+            return torch.zeros(size, device=device, dtype=of, requires_grad=backward)
+
         try:
-            q, k, v, g = (
-                torch.zeros(B, tokens, H, D, device=device, dtype=t, requires_grad=backward)
-                for D, t in ((K, element), (K, element), (V, element), (K, gate_element))
-            )
-            o = chunk_gla(q, k, v, g)[0]
+            inputs = [zeros(size, element) for size in sizes]
+            inputs += [zeros(size, gate_element) for size in gates]
+            o = operation(*inputs)[0]
             if backward:
-                torch.autograd.grad(o, (q, k, v, g), torch.zeros_like(o))
+                torch.autograd.grad(o, inputs, torch.zeros_like(o))
         except Exception as error:
             compiler.errors.append(f"{compiler.shape}: {error!r}"[:300])
     return compiler
@@ -121,6 +136,7 @@ def warm(
     cache_dir: Path,
     dtype: str,
     gate_dtype: str,
+    kinds: Sequence[str] = ("vector",),
     backward: bool,
     timeout: float,
 ) -> int:
@@ -138,6 +154,8 @@ def warm(
         command = [sys.executable, __file__, "--claims", claims]
         command += ["--dtype", dtype, "--gate-dtype", gate_dtype]
         command += ["--backward"] if backward else []
+        for kind in kinds:
+            command += ["--gate", kind]
         for shape in shapes:
             command += ["--shape", ",".join(map(str, shape))]
         children = [
@@ -175,12 +193,15 @@ def warm(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Compile fla's autotuning candidates for chunk_gla into one Triton cache."
+        description="Compile fla's autotuning candidates into one Triton cache."
     )
     default_cache = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
     parser.add_argument("--shards", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--shape", action="append", metavar="B,T,H,K,V", help="repeatable")
     parser.add_argument("--suite", help="the shapes of a suite of `glac bench` [standard]")
+    parser.add_argument(
+        "--gate", action="append", choices=KINDS, help="repeatable; of g: head is chunk_retention"
+    )
     parser.add_argument("--backward", action="store_true", help="the backward kernels as well")
     parser.add_argument("--dtype", default="bfloat16", help="of q, k and v")
     parser.add_argument("--gate-dtype", default=None, help="of g; like --dtype if left out")
@@ -204,12 +225,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GlacError as error:
         parser.error(str(error))
     gate_dtype = options.gate_dtype or options.dtype
+    kinds = options.gate or ["vector"]
     if options.claims is not None:
         done = compile_shard(
             shapes,
             options.claims,
             dtype=options.dtype,
             gate_dtype=gate_dtype,
+            kinds=kinds,
             backward=options.backward,
         )
         print(json.dumps({"compiled": done.compiled, "errors": done.errors}), flush=True)
@@ -229,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cache_dir=options.cache_dir,
         dtype=options.dtype,
         gate_dtype=gate_dtype,
+        kinds=kinds,
         backward=options.backward,
         timeout=options.timeout,
     )
