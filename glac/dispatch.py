@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -35,7 +35,7 @@ from glac.configs import (
 from glac.errors import GlacError, KernelNotFoundError, PackError
 from glac.fit import Device, check_fit, row_fits, runs_on
 from glac.gpus import ARCHS, GPUS, RELATIVES, GpuSpec, match_gpu
-from glac.pack import Pack, PackRow, read_pack
+from glac.pack import Pack, PackRow, open_pack, read_pack
 from glac.plan import Kernel, Plan
 from glac.problem import Bucket, Op, Problem, Specialisation
 from glac.record import dataclass
@@ -170,12 +170,14 @@ class FoundPack:
     hint: str = ""
 
 
-def found_packs(settings: Settings, arch: str) -> list[FoundPack]:
+def found_packs(
+    settings: Settings, arch: str, read: Callable[[Path], Pack] = read_pack
+) -> list[FoundPack]:
     """What dispatch finds for ``arch``, used or refused, in the order in which it looks."""
     found = []
     for path in pack_folders(settings, arch):
         try:
-            pack = read_pack(path)
+            pack = read(path)
         except PackError as error:
             found.append(FoundPack(path, None, f"refused: {error.message}", error.hint))
             continue
@@ -188,7 +190,7 @@ def found_packs(settings: Settings, arch: str) -> list[FoundPack]:
 def installed_packs(settings: Settings, arch: str) -> tuple[tuple[Pack, ...], tuple[str, ...]]:
     """The readable packs of ``arch``, and one line for each that was refused."""
     packs, refused = [], []
-    for item in found_packs(settings, arch):
+    for item in found_packs(settings, arch, open_pack):
         if item.pack is None:
             log.warning("glac: pack %s %s\nhint: %s", item.path, item.reason, item.hint)
         if item.pack is None or item.reason:
@@ -257,7 +259,12 @@ def _from_packs(
     packs: Sequence[Pack], problem: Problem, gpu: GpuSpec, op: Op, tried: list[str]
 ) -> tuple[Pack, PackRow] | None:
     for pack in packs:
-        hits = [row for row in pack.rows if row.op is op and row.spec == problem.spec]
+        try:
+            hits = pack.rows_of(op, problem.spec)
+        except PackError as error:
+            tried.append(f"{pack.path}: refused: {error.message}")
+            log.warning("glac: pack %s refused: %s", pack.path, error)
+            continue
         fitting = [
             row for row in hits if row_fits((pack.kernels[k] for k in row.kernels.values()), gpu)
         ]

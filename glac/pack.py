@@ -8,7 +8,7 @@ A pack is a folder, or a zip of one::
 One pack serves one arch. Its bytes depend on templates, rows and toolchain alone, not on date,
 checkout or number of compile jobs. ``read_pack`` takes nothing on trust: every field is checked,
 each row's kernels are derived again and compared, and the manifest carries its own hash. A pack
-that fails a check is refused as a whole.
+that fails a check is refused as a whole. ``open_pack`` checks the hash, the rest as it is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -206,8 +206,18 @@ class Pack:
     toolchain: Mapping[str, str]
     templates_sha256: Mapping[Op, str]
     kernels: Mapping[str, PackedKernel]
-    rows: tuple[PackRow, ...]
+    rows: Sequence[PackRow]
     glac: str = __version__
+
+    def rows_of(self, op: Op, spec: Specialisation) -> list[PackRow]:
+        """The rows that serve ``op`` of ``spec``.
+
+        Raises:
+            PackError: the pack was opened and not read, and one of them fails its checks.
+        """
+        if isinstance(self.rows, _Rows):
+            return self.rows.of(op, spec)
+        return [row for row in self.rows if row.op is op and row.spec == spec]
 
     @property
     def code_bytes(self) -> int:
@@ -460,8 +470,8 @@ def ops_of(kernels: Iterable[KernelSpec]) -> list[Op]:
     return sorted(found, key=lambda op: op.order)
 
 
-def _check_manifest(path: Path, value: object) -> Pack:
-    check = _Checker(path)
+def _check_format(check: _Checker, value: object) -> dict[str, Any]:
+    """The manifest of a format that is read here, with all its keys."""
     version = check.mapping(value, None, "manifest").get("format")
     if type(version) is int and version > FORMAT:
         raise check.fail(
@@ -474,12 +484,47 @@ def _check_manifest(path: Path, value: object) -> Pack:
             "format", f"version {_shown(version)} is older than this glac reads ({FORMAT})"
         )
     check.integer(version, FORMAT, FORMAT, "format")
-    data = check.mapping(value, _TOP_KEYS, "manifest")
-    arch = check.one_of(data["arch"], ARCHS, "arch")
+    return check.mapping(value, _TOP_KEYS, "manifest")
+
+
+def _check_pack(
+    check: _Checker,
+    data: dict[str, Any],
+    ops: Sequence[Op],
+    kernels: Mapping[str, PackedKernel],
+    rows: Sequence[PackRow],
+) -> Pack:
+    """The pack, its other fields checked."""
     tools = check.mapping(data["toolchain"], frozenset({"triton", "ptxas"}), "toolchain")
-    shared_limit = max(gpu.shared_per_block for gpu in GPUS.values() if gpu.arch == arch)
+    hashes = check.mapping(
+        data["templates_sha256"], frozenset(op.value for op in ops), "templates_sha256"
+    )
+    return Pack(
+        path=check.path,
+        arch=check.one_of(data["arch"], ARCHS, "arch"),
+        driver_floor=check.integer(data["driver_floor"], 1, _MAX_DRIVER, "driver_floor"),
+        toolchain={key: check.text(tools[key], f"toolchain.{key}") for key in sorted(tools)},
+        templates_sha256={
+            op: check.matching(hashes[op], _HEX64, "64 hex digits", f"templates_sha256.{op.value}")
+            for op in ops
+        },
+        kernels=kernels,
+        rows=rows,
+        glac=check.text(data["glac"], "glac"),
+    )
+
+
+def _shared_limit(arch: str) -> int:
+    return max(gpu.shared_per_block for gpu in GPUS.values() if gpu.arch == arch)
+
+
+def _check_manifest(path: Path, value: object) -> Pack:
+    check = _Checker(path)
+    data = _check_format(check, value)
+    arch = check.one_of(data["arch"], ARCHS, "arch")
+    limit = _shared_limit(arch)
     kernels = {
-        name: _check_kernel(check, name, entry, arch, shared_limit)
+        name: _check_kernel(check, name, entry, arch, limit)
         for name, entry in check.mapping(data["kernels"], None, "kernels").items()
     }
     rows = tuple(
@@ -492,22 +537,7 @@ def _check_manifest(path: Path, value: object) -> Pack:
         if first != index:
             raise check.fail(f"rows[{index}]", f"same GPU, op, spec and bucket as rows[{first}]")
     ops = ops_of(packed.kernel for packed in kernels.values())
-    hashes = check.mapping(
-        data["templates_sha256"], frozenset(op.value for op in ops), "templates_sha256"
-    )
-    pack = Pack(
-        path=path,
-        arch=arch,
-        driver_floor=check.integer(data["driver_floor"], 1, _MAX_DRIVER, "driver_floor"),
-        toolchain={key: check.text(tools[key], f"toolchain.{key}") for key in sorted(tools)},
-        templates_sha256={
-            op: check.matching(hashes[op], _HEX64, "64 hex digits", f"templates_sha256.{op.value}")
-            for op in ops
-        },
-        kernels=kernels,
-        rows=rows,
-        glac=check.text(data["glac"], "glac"),
-    )
+    pack = _check_pack(check, data, ops, kernels, rows)
     # Last, so that a message about one field comes first. This catches the edits that leave every
     # field plausible, such as another bucket or another segment length.
     wanted = check.matching(data["sha256"], _HEX64, "64 hex digits", "sha256")
@@ -519,21 +549,66 @@ def _check_manifest(path: Path, value: object) -> Pack:
     return pack
 
 
-def read_pack(path: Path | str) -> Pack:
-    """Read and check the manifest of a pack, a folder or a zip.
+class _Kernels(Mapping[str, PackedKernel]):
+    """Kernels of a manifest, each checked when it is looked at."""
 
-    Raises:
-        PackError: the pack is missing, broken, foreign, or of a newer format; names pack and
-            field.
-    """
-    path = Path(path)
+    def __init__(self, check: _Checker, data: dict[str, Any], arch: str) -> None:
+        self._check, self._data, self._arch = check, data, arch
+        self._limit = _shared_limit(arch)
+        self._checked: dict[str, PackedKernel] = {}
+
+    def __getitem__(self, name: str) -> PackedKernel:
+        if name not in self._checked:
+            entry = self._data[name]
+            kernel = _check_kernel(self._check, name, entry, self._arch, self._limit)
+            self._checked[name] = kernel
+        return self._checked[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+
+class _Rows(Sequence[PackRow]):
+    """Rows of a manifest, each checked when it is looked at."""
+
+    def __init__(self, check: _Checker, data: list[Any], arch: str, kernels: _Kernels) -> None:
+        self._check, self._data, self._arch, self._kernels = check, data, arch, kernels
+        self._checked: dict[int, PackRow] = {}
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        index = range(len(self._data))[index]
+        if index not in self._checked:
+            entry = self._data[index]
+            self._checked[index] = _check_row(self._check, index, entry, self._arch, self._kernels)
+        return self._checked[index]
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def of(self, op: Op, spec: Specialisation) -> list[PackRow]:
+        """Those that serve ``op`` of ``spec``; no other is looked at."""
+        wanted = {"op": op.value, "spec": spec.to_dict()}
+        return [
+            self[index]
+            for index, entry in enumerate(self._data)
+            if isinstance(entry, dict) and {key: entry.get(key) for key in wanted} == wanted
+        ]
+
+
+def _manifest(path: Path) -> Any:
+    """What the manifest of a pack says, unchecked."""
     raw = read_member(path, MANIFEST, MAX_MANIFEST)
     if len(raw) > MAX_MANIFEST:
         raise PackError(
             f"{path}: {MANIFEST}: wanted at most {MAX_MANIFEST} bytes, got more", hint=REBUILD
         )
     try:
-        data = json.loads(raw.decode())
+        return json.loads(raw.decode())
     except json.JSONDecodeError as error:
         raise PackError(
             f"{path}: {MANIFEST}: line {error.lineno}, column {error.colno}: not JSON "
@@ -542,7 +617,41 @@ def read_pack(path: Path | str) -> Pack:
         ) from None
     except (ValueError, RecursionError) as error:
         raise PackError(f"{path}: {MANIFEST}: not JSON ({error})", hint=REBUILD) from None
-    return _check_manifest(path, data)
+
+
+def read_pack(path: Path | str) -> Pack:
+    """Read and check the manifest of a pack, a folder or a zip.
+
+    Raises:
+        PackError: the pack is missing, broken, foreign, or of a newer format; names pack and
+            field.
+    """
+    path = Path(path)
+    return _check_manifest(path, _manifest(path))
+
+
+def open_pack(path: Path | str) -> Pack:
+    """``read_pack`` that checks a row and its kernels when they are first looked at.
+
+    The manifest's own hash, which is checked now, says that it is as it was written; so what
+    remains to be found is a pack of another version of glac, or one that something else wrote.
+    A first call needs a few rows of hundreds, whose checks take most of its time.
+
+    Raises:
+        PackError: as ``read_pack``; looking at a row or a kernel raises it, too.
+    """
+    path = Path(path)
+    value = _manifest(path)
+    check = _Checker(path)
+    data = _check_format(check, value)
+    if manifest_sha256(data) != data["sha256"]:
+        return _check_manifest(path, value)  # which says what is wrong
+    arch = check.one_of(data["arch"], ARCHS, "arch")
+    named = check.mapping(data["templates_sha256"], None, "templates_sha256")
+    ops = [Op(check.one_of(op, _OPS, "templates_sha256")) for op in named]
+    kernels = _Kernels(check, check.mapping(data["kernels"], None, "kernels"), arch)
+    rows = _Rows(check, check.items(data["rows"], "rows"), arch, kernels)
+    return _check_pack(check, data, ops, kernels, rows)
 
 
 def _packed(built: CompiledKernel) -> PackedKernel:

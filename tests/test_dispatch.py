@@ -65,6 +65,9 @@ class FakePack:
     arch: str = "sm_90a"
     kernels: dict[str, FakeKernel] = field(default_factory=dict)
 
+    def rows_of(self, op: Op, spec: Specialisation) -> list[PackRow]:
+        return [row for row in self.rows if row.op is op and row.spec == spec]
+
 
 def pack(name: str, *rows: PackRow) -> Pack:
     kernels = {k: FakeKernel(f"{name}:{k}") for r in rows for k in r.kernels.values()}

@@ -25,8 +25,8 @@ from glac.errors import PackError
 from glac.gpus import GPUS
 from glac.kernelspec import KernelSpec, config_kernels
 from glac.merge import merge_packs
-from glac.pack import Pack, PackRow, manifest_sha256, read_pack, write_pack
-from glac.problem import Bucket, Op
+from glac.pack import Pack, PackRow, manifest_sha256, open_pack, read_pack, write_pack
+from glac.problem import Bucket, Op, Specialisation
 from glac.templates import templates_sha256
 from tests.helpers_packs import (
     BACKWARD,
@@ -268,6 +268,48 @@ def test_wrong_field(scratch: Path, manifest: dict[str, Any], message: str, spoi
         read_pack(_write(scratch, data, sign=True))
     assert str(scratch) in caught.value.message
     assert "glac build" in caught.value.hint
+    if "same GPU" not in message and "unknown keys" not in message:  # which no one field shows
+        with pytest.raises(PackError, match=message):
+            _look_at_all(scratch)
+    _write(scratch, {**data, "sha256": manifest["sha256"]})
+    with pytest.raises(PackError, match=message):
+        open_pack(scratch)
+
+
+def _look_at_all(path: Path) -> None:
+    opened = open_pack(path)
+    assert list(opened.kernels.values())
+    assert list(opened.rows)
+
+
+def test_opened_is_as_read(pack: Pack) -> None:
+    opened = open_pack(pack.path)
+    for row in pack.rows:
+        wanted = [other for other in pack.rows if (other.op, other.spec) == (row.op, row.spec)]
+        assert opened.rows_of(row.op, row.spec) == wanted == pack.rows_of(row.op, row.spec)
+        for name in row.kernels.values():
+            assert opened.kernels[name] == pack.kernels[name]
+            assert opened.read_cubin(name) == pack.read_cubin(name)
+    assert tuple(opened.rows[:]) == tuple(pack.rows)
+    assert dict(opened.kernels) == dict(pack.kernels)
+    assert opened.rows_of(Op.DECODE, pack.rows[0].spec) == []
+    assert (opened.arch, opened.driver_floor, opened.glac) == (
+        pack.arch,
+        pack.driver_floor,
+        pack.glac,
+    )
+    assert (opened.toolchain, opened.templates_sha256) == (pack.toolchain, pack.templates_sha256)
+
+
+def test_opening_looks_at_no_other_row(scratch: Path, manifest: dict[str, Any]) -> None:
+    data = copy.deepcopy(manifest)
+    wrong = next(row for row in data["rows"] if row["spec"] != data["rows"][0]["spec"])
+    wrong["config"] = {}
+    opened = open_pack(_write(scratch, data, sign=True))
+    spec = Specialisation.from_dict(data["rows"][0]["spec"], "spec")
+    assert opened.rows_of(Op(data["rows"][0]["op"]), spec)
+    with pytest.raises(PackError, match="config"):
+        opened.rows_of(Op(wrong["op"]), Specialisation.from_dict(wrong["spec"], "spec"))
 
 
 def test_plausible_edit_is_refused(scratch: Path, manifest: dict[str, Any]) -> None:
@@ -329,6 +371,8 @@ def test_any_change_is_refused(
     hypothesis.assume(json.dumps(spoilt, sort_keys=True) != json.dumps(manifest, sort_keys=True))
     with pytest.raises(PackError):
         read_pack(_write(scratch, spoilt))
+    with pytest.raises(PackError):
+        open_pack(scratch)
 
 
 @hypothesis.given(st.data())
