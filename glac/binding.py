@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glac import dispatch, engine
+from glac import decode, dispatch, engine
 from glac.backward import run_backward
+from glac.configs import DecodeConfig
 from glac.fast import NEVER, Bound, bound
 from glac.forward import run_forward
 from glac.gate import GateInput
+from glac.heads import HeadGroups
 from glac.launch import DeviceKernel
 from glac.layouts import contiguous, laid_out, laid_out_inputs
 from glac.plan import Plan
@@ -48,14 +50,18 @@ class _Notes:
 
 def _plan(problem: Problem, q: Tensor, op: Op, given: Sequence[Tensor | None]) -> Plan[Any] | None:
     """By which a call went; ``None`` if it cannot be bound, or not now."""
-    if not engine.launchable(problem, q) or torch.cuda.is_current_stream_capturing():
+    if not engine.launchable(problem, q):
         return None
-    if any(t is not None and t.data_ptr() % 16 for t in given):
-        return None  # as it does not say whether the others with this key are
     plan = dispatch.resolve(problem, q.device.index, op)[1]
-    if plan is None or not all(isinstance(x, DeviceKernel) for x in plan.kernels.values()):
-        return None
-    return plan
+    return plan if plan is not None and _bindable(plan, given) else None
+
+
+def _bindable(plan: Plan[Any], given: Sequence[Tensor | None]) -> bool:
+    if torch.cuda.is_current_stream_capturing():
+        return False
+    if any(t is not None and t.data_ptr() % 16 for t in given):
+        return False  # as it does not say whether the others with this key are
+    return all(isinstance(x, DeviceKernel) for x in plan.kernels.values())
 
 
 def bind(
@@ -135,6 +141,35 @@ def bind_backward(
         )
     results = (dq, dk, dv, *dgates, dstate)
     bound[key] = _written(q.device, notes, inputs, results, None) or NEVER
+
+
+def bind_decode(
+    key: Hashable,
+    plan: Plan[DecodeConfig],
+    groups: HeadGroups,
+    i: decode.DecodeInputs,
+    want: decode.Want,
+    numbers: tuple[float, ...],
+) -> None:
+    """Remember a call of ``glac.decode.execute`` that went well by ``plan``."""
+    given = i.all
+    if not _bindable(plan, given):
+        return
+    if _moved(given, decode.laid_out(i).all):
+        bound[key] = NEVER
+        return
+    inputs = _doubles(given)
+    q, k, v, g, x, weight, bias, *rest = inputs
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    doubles = decode.DecodeInputs(q, k, v, decode.Gated(g, x, weight, bias), *rest)
+    noted, notes = _noted(plan)
+    run = decode.launch(noted, groups, doubles, want)
+    with torch.cuda.device(i.q.device):
+        o, state = decode.run_launch(run, doubles, want, numbers)
+    results = (o, None if want.in_place else state)
+    bound[key] = _written(i.q.device, notes, inputs, results, None) or NEVER
 
 
 def _moved(given: Sequence[Tensor | None], laid_out: Sequence[Tensor | None]) -> bool:
@@ -224,10 +259,10 @@ def _written(
         nonlocal workspace
         if t is None:
             return 0
-        for index, other in enumerate(inputs):
-            if t is other:
-                return 1 + index
         memory = _memory(t)
+        for index, other in enumerate(inputs):
+            if other is not None and (memory, _offset(t)) == (_memory(other), _offset(other)):
+                return 1 + index
         if memory in owners:
             return None if _offset(t) else owners[memory]
         if memory in given:

@@ -3,8 +3,7 @@
     S_t = diag(exp g_t) S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
 
 ``recurrent_gla`` and ``recurrent_gla_lowrank`` serve every kind of gate. Their work is reading and
-writing the state once, so what the host does for a call matters as much: a call whose tensors have
-the shapes, strides and dtypes of an earlier one is neither checked nor resolved again.
+writing the state once, so what the host does matters as much: ``glac.fast`` remembers calls.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from glac import dispatch
+from glac import dispatch, fast
 from glac.autograd import _observed as observed
 from glac.configs import DecodeConfig
 from glac.errors import InputError, InputTypeError, NotDifferentiableError
@@ -291,7 +290,7 @@ def _plain(t: Tensor | None) -> Tensor | None:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def _laid_out(i: DecodeInputs) -> DecodeInputs:
+def laid_out(i: DecodeInputs) -> DecodeInputs:
     """The inputs in layouts that the kernel reads, copied only where they are not."""
     K, V = i.q.shape[3], i.v.shape[3]
     units = (stride_unit(K), stride_unit(K), stride_unit(V))
@@ -495,60 +494,40 @@ def run_torch(
 
 # ---- the operation ----
 
-_ready: dict[tuple[Any, ...], tuple[Launch | None, HeadGroups]] = {}
-"""Launches by the layout of their tensors; emptied when dispatch forgets its decisions."""
-_MOST_READY = 4096
-_generation = -1
 
-
-def _signature(tensors: tuple[Tensor | None, ...], want: Want) -> tuple[Any, ...]:
-    """What a launch depends on besides addresses, and whether these are aligned.
-
-    Written flat, because it is a third of what the host does for a call.
-    """
-    key: list[Any] = [want]
-    addresses = 0
-    for t in tensors:
-        if t is None:
-            key.append(None)
-        else:
-            key += (t.shape, t.stride(), t.dtype, t.get_device())
-            addresses |= t.data_ptr()
-    key.append(addresses & 15)
-    return tuple(key)
+def _launchable(problem: Problem, q: Tensor) -> bool:
+    return q.is_cuda and problem.B * problem.H * -(-problem.spec.V // 16) <= MAX_PROGRAMS
 
 
 def execute(
     i: DecodeInputs, want: Want, numbers: tuple[float, ...]
 ) -> tuple[Tensor, Tensor | None]:
-    """Check a call and run it; by kernels where there are some."""
-    global _generation
-    if dispatch.generation() != _generation or len(_ready) > _MOST_READY:
-        _ready.clear()
-        _generation = dispatch.generation()
-    found = _ready.get(_signature(i.all, want))
-    checked = checked_mode()
-    if found is None or checked:
-        problem, groups = _check(i, want)
-        if checked:
-            _check_values(i, want)
-        plan = None
-        programs = problem.B * problem.H * -(-problem.spec.V // 16)
-        if i.q.is_cuda and programs <= MAX_PROGRAMS:
-            plan = dispatch.resolve(problem, i.q.get_device(), Op.DECODE)[1]
-        run = None
-        if plan is not None:
-            i = _laid_out(i)
-            run = launch(plan, groups, i, want)
-        # Under the layouts of the copies, where some were made: others are looked at each time.
-        found = _ready[_signature(i.all, want)] = (run, groups)
-    run, groups = found
-    if run is None:
+    """Check a call and run it, by kernels where there are some; the short way if it is known."""
+    tensors = i.all
+    key = fast.key_of(tensors, numbers, want)
+    bound = fast.find(key)
+    if bound is not None:
+        made = bound.run(tensors)
+        if made is not None:
+            o, state = made
+            assert o is not None
+            return o, i.state if want.in_place else state
+    problem, groups = _check(i, want)
+    if checked_mode():
+        _check_values(i, want)
+    plan = None
+    if _launchable(problem, i.q):
+        plan = dispatch.resolve(problem, i.q.device.index, Op.DECODE)[1]
+    if plan is None:
         return run_torch(groups, i, want, numbers)
-    if torch.cuda.current_device() == i.q.get_device():
-        return run_launch(run, i, want, numbers)
+    usable = laid_out(i)
     with torch.cuda.device(i.q.device):
-        return run_launch(run, i, want, numbers)
+        result = run_launch(launch(plan, groups, usable, want), usable, want, numbers)
+    if key is not None and key not in fast.bound:
+        from glac.binding import bind_decode
+
+        bind_decode(key, plan, groups, i, want, numbers)
+    return result
 
 
 def decode(

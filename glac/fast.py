@@ -108,14 +108,14 @@ NEVER = object()
 
 
 def key_of(
-    tensors: Sequence[Tensor | None], numbers: tuple[float | None, ...], final: bool
+    tensors: Sequence[Tensor | None], numbers: tuple[float | None, ...], wanted: Hashable
 ) -> Hashable | None:
     """What a call is remembered by, or ``None`` if it must take the long way.
 
     Args:
-        tensors: q, k, v, those of the gate, the initial state.
+        tensors: all that the call was given, in the order of its operation.
         numbers: the scalars as they were given.
-        final: whether the final state is wanted.
+        wanted: which results; of a type of its own for each operation with other tensors.
     """
     if (
         torch.compiler.is_compiling()
@@ -126,7 +126,7 @@ def key_of(
         or checked_mode()
     ):
         return None
-    parts: list[Any] = [final]
+    parts: list[Any] = [wanted]
     for number in numbers:
         # 1, 1.0 and True are equal keys, and not all of them are right.
         if number is not None and type(number) is not float:

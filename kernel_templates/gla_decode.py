@@ -111,7 +111,9 @@ def gla_decode(
     i_s = (pid // NV) % n_states
     i_n = (pid // (NV * n_states)).to(tl.int64)
     o_k = tl.arange(0, BK)
-    o_v = i_v * BV + tl.arange(0, BV)
+    # Four channels a thread for fp32 and for bf16: with eight for the latter, its layout is the
+    # tile's, and fp32 states cross shared memory, eight barriers a store.
+    o_v = i_v * BV + tl.max_contiguous(tl.arange(0, BV), 4)
     m_k = o_k < K
     m_v = o_v < V
 
@@ -130,20 +132,18 @@ def gla_decode(
     if in_place != 0:
         row = slot
 
-    # States pass through the L2 cache once: a state that is kept there displaces another one. In a
-    # graph of 8 layers, 32,1,16,128,128 in fp32: 28.2 us a layer instead of 31.1.
+    # Both loads are without a branch, the unwanted one masked, and used only behind those of the
+    # first token: at the end of a branch a bf16 state would be waited for. States pass through the
+    # L2 cache once: one that is kept there displaces another one.
     p_state = o_k[:, None] * V + o_v[None, :]
     m_state = m_k[:, None] & m_v[None, :] & active
     offset = (slot * from_n + i_s.to(tl.int64) * from_h) * UH
-    if state_in == 1:
-        p_from = from32 + offset + p_state
-        b_s = tl.load(p_from, mask=m_state, other=0.0, eviction_policy="evict_first")  # [BK, BV]
-    elif state_in == 2:
-        p_from = from16 + offset + p_state
-        b_s = tl.load(p_from, mask=m_state, other=0.0, eviction_policy="evict_first")
-        b_s = b_s.to(tl.float32)
-    else:
-        b_s = tl.zeros([BK, BV], dtype=tl.float32)
+    p_from = from32 + offset + p_state
+    m_from = m_state & (state_in == 1)
+    b_s32 = tl.load(p_from, mask=m_from, other=0.0, eviction_policy="evict_first")
+    p_from = from16 + offset + p_state
+    m_from = m_state & (state_in == 2)
+    b_s16 = tl.load(p_from, mask=m_from, other=0.0, eviction_policy="evict_first")
 
     first = i_s * s_group  # of the heads that read this state
     k += (i_b * k_b + (first // k_group).to(tl.int64) * k_h) * UK
@@ -166,27 +166,48 @@ def gla_decode(
     else:
         g += (i_b * g_b + i_s.to(tl.int64) * g_h) * UK
 
+    # The vectors of a token are loaded one token, and queries one head, before they are used.
+    i_t = i_n * 0 + begin
+    m_t = begin < end
+    b_k = tl.load(k + i_t * k_t * UK + o_k, mask=m_k & m_t, other=0.0)  # [BK]
+    b_v = tl.load(v + i_t * v_t * UV + o_v, mask=m_v & m_t, other=0.0)  # [BV]
+    p_q = q + (i_t * q_t + (first // q_group).to(tl.int64) * q_h) * UK
+    b_q = tl.load(p_q + o_k, mask=m_k & m_t, other=0.0)  # [BK]
+    if LOWRANK:
+        b_g = tl.load(x + i_t * x_t * UR + o_r, mask=m_r & m_t, other=0.0)  # [BR]
+    elif SCALAR:
+        b_g = tl.load(g + i_t * g_t, mask=(has_g != 0) & m_t, other=0.0)
+    else:
+        b_g = tl.load(g + i_t * g_t * UK + o_k, mask=m_k & m_t, other=0.0)  # [BK]
+    b_s = tl.where(state_in == 2, b_s16.to(tl.float32), b_s32)  # [BK, BV]
+
     for t in tl.range(begin, end):
         i_t = i_n * 0 + t
-        b_k = tl.load(k + i_t * k_t * UK + o_k, mask=m_k, other=0.0).to(tl.float32)  # [BK]
-        b_v = tl.load(v + i_t * v_t * UV + o_v, mask=m_v, other=0.0).to(tl.float32)  # [BV]
+        i_u = i_t + 1
+        m_t = t + 1 < end
+        b_kv = b_k.to(tl.float32)[:, None] * b_v.to(tl.float32)[None, :]
+        b_k = tl.load(k + i_u * k_t * UK + o_k, mask=m_k & m_t, other=0.0)
+        b_v = tl.load(v + i_u * v_t * UV + o_v, mask=m_v & m_t, other=0.0)
         if LOWRANK:
-            b_x = tl.load(x + i_t * x_t * UR + o_r, mask=m_r, other=0.0).to(tl.float32)
-            y = (tl.sum(b_w * b_x[None, :], 1) + b_bias) * LOG2E
-            b_g = (tl.minimum(y, 0.0) - log2_1p(tl.exp2(-tl.abs(y)), False)) * inv_normalizer
-            b_s = b_s * tl.exp2(tl.maximum(b_g, clamp_log2))[:, None]
+            y = (tl.sum(b_w * b_g.to(tl.float32)[None, :], 1) + b_bias) * LOG2E
+            b_y = (tl.minimum(y, 0.0) - log2_1p(tl.exp2(-tl.abs(y)), False)) * inv_normalizer
+            b_s = b_s * tl.exp2(tl.maximum(b_y, clamp_log2))[:, None]
+            b_g = tl.load(x + i_u * x_t * UR + o_r, mask=m_r & m_t, other=0.0)
         elif SCALAR:
-            b_g = tl.load(g + i_t * g_t, mask=has_g != 0, other=0.0).to(tl.float32) * LOG2E
-            b_s = b_s * tl.exp2(tl.maximum(b_g, STEP_MIN_LOG2))
+            b_s = b_s * tl.exp2(tl.maximum(b_g.to(tl.float32) * LOG2E, STEP_MIN_LOG2))
+            b_g = tl.load(g + i_u * g_t, mask=(has_g != 0) & m_t, other=0.0)
         else:
-            b_g = tl.load(g + i_t * g_t * UK + o_k, mask=m_k, other=0.0).to(tl.float32) * LOG2E
-            b_s = b_s * tl.exp2(tl.maximum(b_g, STEP_MIN_LOG2))[:, None]
-        b_s += b_k[:, None] * b_v[None, :]
+            b_s = b_s * tl.exp2(tl.maximum(b_g.to(tl.float32) * LOG2E, STEP_MIN_LOG2))[:, None]
+            b_g = tl.load(g + i_u * g_t * UK + o_k, mask=m_k & m_t, other=0.0)
+        b_s += b_kv
         for r in tl.range(0, s_group):
             i_h = first + r
-            p_q = q + (i_t * q_t + (i_h // q_group).to(tl.int64) * q_h) * UK
-            b_q = tl.load(p_q + o_k, mask=m_k, other=0.0).to(tl.float32) * scale  # [BK]
-            b_o = tl.where(active, tl.sum(b_q[:, None] * b_s, 0), 0.0)  # [BV]
+            b_qs = b_q.to(tl.float32) * scale
+            last = r + 1 == s_group
+            n_h = tl.where(last, first, i_h + 1)
+            p_q = q + (tl.where(last, i_u, i_t) * q_t + (n_h // q_group).to(tl.int64) * q_h) * UK
+            b_q = tl.load(p_q + o_k, mask=m_k & (m_t | (r + 1 < s_group)), other=0.0)
+            b_o = tl.where(active, tl.sum(b_qs[:, None] * b_s, 0), 0.0)  # [BV]
             tl.store(o + (i_t * H + i_h) * V + o_v, b_o.to(IO), mask=m_v)
         if per_token != 0:
             b_e = tl.where(active, b_s, 0.0)

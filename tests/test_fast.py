@@ -16,12 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from glac import autograd, binding, dispatch, driver, engine, fast, launch
-from glac.attention import chunk_gla, chunk_gla_lowrank
+from glac import autograd, binding, decode, dispatch, driver, engine, fast, launch
+from glac.attention import chunk_gla, chunk_gla_lowrank, recurrent_gla, recurrent_gla_lowrank
 from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
     Config,
+    DecodeConfig,
+    DecodeKernelConfig,
     ForwardConfig,
     TileKernelConfig,
 )
@@ -70,6 +72,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr(driver, "_launcher", lambda: taken)
     monkeypatch.setattr(driver.DriverKernel, "_check_parameters", lambda *args: None)
     monkeypatch.setattr(engine, "launchable", lambda problem, q: True)
+    monkeypatch.setattr(decode, "_launchable", lambda problem, q: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -109,6 +112,7 @@ def configs(
     wanted: dict[Op, Config] = {
         Op.FORWARD: FORWARD.get(name, FORWARD["whole"]),
         Op.BACKWARD: BACKWARD[name],
+        Op.DECODE: DecodeConfig(DecodeKernelConfig(32, 2)),
     }
     loaded: dict[KernelSpec, launch.DeviceKernel] = {}
 
@@ -239,6 +243,65 @@ def test_backward(
     if configs != "tiles":
         monkeypatch.setattr(engine, "backward", None)
         run(launches, call, *x, h0, do, dht)
+
+
+DECODE: dict[str, dict[str, Any]] = {
+    "no state": {},
+    "in place": {"initial_state": torch.ones(B, H, K, V), "inplace": True},
+    "a pool": {
+        "initial_state": torch.ones(9, H, K, V, dtype=torch.bfloat16),
+        "state_indices": torch.tensor([3, 8]),
+        "inplace": True,
+    },
+    "new states": {
+        "initial_state": torch.ones(B, H, K, V),
+        "output_states": True,
+        "state_dtype": torch.bfloat16,
+    },
+}
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+@pytest.mark.parametrize("lowrank", [False, True])
+@pytest.mark.parametrize("case", DECODE)
+def test_decoding(
+    launches: Launches, configs: str, case: str, lowrank: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = recurrent_gla_lowrank if lowrank else recurrent_gla
+    options = DECODE[case]
+    given = [t for t in options.values() if isinstance(t, Tensor)]
+
+    def tokens() -> tuple[Tensor, ...]:
+        return tuple(t[:, :2].contiguous() if t.dim() > 2 else t for t in inputs(lowrank))
+
+    x = tokens()
+    (o, state), first = run(launches, lambda: function(*x, **options), *x, *given)
+    assert isinstance(next(iter(fast.bound.values())), fast.Bound)
+    monkeypatch.setattr(decode, "_check", None)
+    x = tokens()
+    (o2, state2), second = run(launches, lambda: function(*x, **options), *x, *given)
+    assert second == first
+    assert len(first) == 1
+    assert (o2.shape, o2.dtype) == (o.shape, o.dtype)
+    if options.get("inplace"):
+        assert state2 is options["initial_state"]
+    elif state is None:
+        assert state2 is None
+    else:
+        assert (state2.shape, state2.dtype) == (state.shape, state.dtype)
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_decoding_what_lies_elsewhere_or_otherwise(launches: Launches, configs: str) -> None:
+    x = tuple(t[:, :2].contiguous() for t in inputs())
+    gates = torch.zeros(B * 2 * H + 1)
+    _, wanted = run(launches, lambda: recurrent_gla(*x[:3], gates[:-1].view(B, 2, H)), *x, gates)
+    _, got = run(launches, lambda: recurrent_gla(*x[:3], gates[1:].view(B, 2, H)), *x, gates[1:])
+    assert got == wanted  # not aligned: the long way, in which such a gate is fine
+    dispatch.clear()
+    turned = x[0].transpose(1, 3).contiguous().transpose(1, 3)
+    recurrent_gla(turned, *x[1:])
+    assert list(fast.bound.values()) == [fast.NEVER]
 
 
 def test_gradients_of_a_low_rank_gate_go_the_long_way(launches: Launches, configs: str) -> None:

@@ -352,7 +352,7 @@ def _scalar_backward_configs(
 
 def _decode_configs(problem: Problem, gpu: GpuSpec, default: DecodeConfig) -> list[DecodeConfig]:
     spec = problem.spec
-    tiles = itertools.product(BLOCKS_V, WARPS)
+    tiles = itertools.product((16, *BLOCKS_V), WARPS)
     found = [DecodeConfig(DecodeKernelConfig(block_v, warps)) for block_v, warps in tiles]
     return [
         c

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glac.configs import DecodeConfig, DecodeKernelConfig, why_illegal
-from glac.decode import DecodeInputs, Gated, Want, _check, _laid_out, launch, run_launch, run_torch
+from glac.decode import DecodeInputs, Gated, Want, _check, laid_out, launch, run_launch, run_torch
 from glac.gate import LOG2E, STEP_MIN
 from glac.gpus import GPUS
 from glac.interpret import interpreted_plan
@@ -78,7 +78,7 @@ def run(
     cfg = DecodeConfig(DecodeKernelConfig(block_v, 2))
     assert why_illegal(problem.spec, cfg, GPUS["h100"]) is None
     with guarded():
-        i = _laid_out(i)
+        i = laid_out(i)
         return run_launch(
             launch(interpreted_plan(problem, cfg), groups, i, want), i, want, numbers
         )
