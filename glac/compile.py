@@ -271,6 +271,7 @@ def compile_kernel(
         "num_warps": kernel.config.num_warps,
         "num_stages": getattr(kernel.config, "num_stages", 1),
         "enable_fp_fusion": True,
+        "maxnreg": getattr(kernel.config, "max_registers", 0) or None,
     }
     target = backends.GPUTarget("cuda", ARCHS[kernel.arch], 32)
     try:

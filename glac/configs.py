@@ -21,6 +21,7 @@ BLOCKS_K = (16, 32, 64, 128, 256)
 BLOCKS_V = (16, 32, 64, 128, 256)
 WARPS = (2, 4, 8)
 STAGES = (1, 2, 3, 4)
+MAX_REGISTERS = (0, 96, 128, 168)
 EXACT_ROWS = 16
 MAX_SEGMENTS = 256
 MAX_STATE_REGISTERS = 256
@@ -97,14 +98,22 @@ class TurnedKernelConfig(_KernelConfig):
 
 @dataclass(frozen=True, order=True)
 class DecodeKernelConfig(_KernelConfig):
-    """Tile of ``gla_decode``: value channels and warps per program."""
+    """Tile of ``gla_decode``.
+
+    Attributes:
+        block_v: value channels per program.
+        num_warps: warps per program.
+        max_registers: per thread, so that more programs share an SM; 0 for as many as it takes.
+    """
 
     block_v: int
     num_warps: int
+    max_registers: int = 0
 
     @property
     def slug(self) -> str:
-        return f"bv{self.block_v}_w{self.num_warps}"
+        limit = f"_r{self.max_registers}" if self.max_registers else ""
+        return f"bv{self.block_v}_w{self.num_warps}{limit}"
 
 
 @dataclass(frozen=True, order=True)
@@ -582,6 +591,7 @@ _CHOICES: dict[str, tuple[int, ...]] = {
     "block_v": BLOCKS_V,
     "num_warps": WARPS,
     "num_stages": STAGES,
+    "max_registers": MAX_REGISTERS,
 }
 
 

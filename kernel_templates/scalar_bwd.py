@@ -35,9 +35,15 @@ import triton.language as tl
 
 from glac.kernel_templates._bwd import load_rows, store_rows
 from glac.kernel_templates._gate import STEP_MIN_LOG2, operand
-from glac.kernel_templates._scalar import gate_sums, pair_decays, sequence_bounds, total
+from glac.kernel_templates._scalar import (
+    chunk_gate,
+    gate_sums,
+    pair_decays,
+    sequence_bounds,
+    total,
+)
 
-SUMMED = tl.constexpr(4096)
+SUMMED = tl.constexpr(8192)
 """Elements of a state and its gradient that are multiplied at a time."""
 
 
@@ -163,14 +169,14 @@ def scalar_bwd(
     b_k = load_rows(s_k, t, 0, row_k, o_k, m_tk, BT, TMA)  # [BT, BK]
     q_op = operand(b_q, IO)
     k_op = operand(b_k, IO)
-    step, coarse, fine = gate_sums(g, t, length, g_t, has_g, BT)
+    step, coarse, fine = gate_sums(chunk_gate(g, t, length, g_t, has_g, BT))
     end_c, end_f = total(coarse, fine, BT)
     d_read = tl.exp2(coarse + fine) * scale  # [BT]
     d_write = tl.exp2((end_c - coarse) + (end_f - fine))  # [BT]
 
     b_sum = 0.0  # of S * dS, while registers are free
     if has_dg != 0:
-        for first in tl.range(0, K * V, SUMMED):
+        for first in tl.static_range(0, K * V, SUMMED):
             o_s = first + tl.arange(0, SUMMED)
             b_s = tl.load(states + o_s, mask=o_s < K * V, other=0.0).to(tl.float32)
             b_e = tl.load(dstates + o_s, mask=o_s < K * V, other=0.0).to(tl.float32)

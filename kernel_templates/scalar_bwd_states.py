@@ -29,7 +29,7 @@ import triton.language as tl
 
 from glac.kernel_templates._bwd import load_rows
 from glac.kernel_templates._gate import operand
-from glac.kernel_templates._scalar import gate_sums, sequence_bounds, total
+from glac.kernel_templates._scalar import chunk_gate, gate_sums, sequence_bounds, total
 
 
 @triton.jit
@@ -122,11 +122,13 @@ def scalar_bwd_states(
         s_k = tl.make_tensor_descriptor(k, [length, K], [row_k, 1], [BT, BK]) if TMA else k
         s_v = tl.make_tensor_descriptor(v, [length, V], [row_v, 1], [BT, BV]) if TMA else v
         b_s = tl.load(h0 + given + p_state, mask=m_state & (has_h0 != 0), other=0.0)  # [BK, BV]
+        b_next = chunk_gate(g, 0, length, g_t, has_g, BT)
         for t in tl.range(0, length, BT, num_stages=STAGES):
             m_t = t + row < length
             b_k = load_rows(s_k, t, 0, row_k, o_k, m_t[:, None] & m_k[None, :], BT, TMA)
             b_v = load_rows(s_v, t, v0, row_v, o_v, m_t[:, None] & m_v[None, :], BT, TMA)
-            _, coarse, fine = gate_sums(g, t, length, g_t, has_g, BT)
+            _, coarse, fine = gate_sums(b_next)
+            b_next = chunk_gate(g, t + BT, length, g_t, has_g, BT)
             end_c, end_f = total(coarse, fine, BT)
             p_kept = states + (slot * 0 + t // BT) * (K * V) + p_state
             tl.store(p_kept, b_s.to(STATE), mask=m_state)
@@ -145,13 +147,15 @@ def scalar_bwd_states(
         # Heads that share a state share its gradient, which one of them takes in.
         mine = (has_dht != 0) & (i_h % s_group == 0)
         b_ds = tl.load(dht + given + p_state, mask=m_state & mine, other=0.0)  # [BK, BV]
+        b_next = chunk_gate(g, (n_chunks - 1) * BT, length, g_t, has_g, BT)
         for i in tl.range(0, n_chunks, num_stages=STAGES):
             i_c = n_chunks - 1 - i
             t = i_c * BT
             m_t = t + row < length
             b_q = load_rows(s_q, t, 0, row_q, o_k, m_t[:, None] & m_k[None, :], BT, TMA)
             b_do = load_rows(s_do, t, v0, row_do, o_v, m_t[:, None] & m_v[None, :], BT, TMA)
-            _, coarse, fine = gate_sums(g, t, length, g_t, has_g, BT)
+            _, coarse, fine = gate_sums(b_next)
+            b_next = chunk_gate(g, t - BT, length, g_t, has_g, BT)
             end_c, end_f = total(coarse, fine, BT)
             p_kept = dstates + i_c.to(tl.int64) * (K * V) + p_state
             tl.store(p_kept, b_ds.to(STATE), mask=m_state)

@@ -33,7 +33,13 @@ import triton.language as tl
 
 from glac.kernel_templates._bwd import load_rows, store_rows
 from glac.kernel_templates._gate import operand
-from glac.kernel_templates._scalar import gate_sums, pair_decays, sequence_bounds, total
+from glac.kernel_templates._scalar import (
+    chunk_gate,
+    gate_sums,
+    pair_decays,
+    sequence_bounds,
+    total,
+)
 
 
 @triton.jit
@@ -122,6 +128,7 @@ def scalar_fwd(
         m_state = m_k[:, None] & m_v[None, :]
     b_s = tl.load(h0 + state + p_state, mask=m_state & (has_h0 != 0), other=0.0)
 
+    b_next = chunk_gate(g, 0, length, g_t, has_g, BT)
     for t in tl.range(0, length, BT, num_stages=STAGES):
         m_t = t + row < length
         m_tk = m_t[:, None] & m_k[None, :]
@@ -129,7 +136,8 @@ def scalar_fwd(
         b_q = load_rows(s_q, t, 0, row_q, o_k, m_tk, BT, TMA)  # [BT, BK]
         b_k = load_rows(s_k, t, 0, row_k, o_k, m_tk, BT, TMA)  # [BT, BK]
         b_v = load_rows(s_v, t, v0, row_v, o_v, m_tv, BT, TMA)  # [BT, BV]
-        _, coarse, fine = gate_sums(g, t, length, g_t, has_g, BT)
+        _, coarse, fine = gate_sums(b_next)
+        b_next = chunk_gate(g, t + BT, length, g_t, has_g, BT)
         end_c, end_f = total(coarse, fine, BT)
         d_read = tl.exp2(coarse + fine) * scale  # [BT]
         d_write = tl.exp2((end_c - coarse) + (end_f - fine))  # [BT]

@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 
 from glac.configs import (
     CHUNKS,
+    MAX_REGISTERS,
     STAGES,
     WARPS,
     BackwardConfig,
@@ -59,6 +60,9 @@ from glac.suites import make_problem as make_problem
 BLOCKS_V = (32, 64, 128, 256)
 GRADS_TRIED, WHOLE_TRIED, STATES_TRIED, DV_TRIED = 5, 4, 3, 8
 """Of a backward problem: gradient kernels without and with dv, states kernels, dv kernels."""
+WIDE_GRADS = (TileKernelConfig(64, 64, 128, 8, 2, True), TileKernelConfig(32, 64, 256, 8, 2, True))
+"""Also tried at K > 128, though each spills half a kilobyte: a longer chunk halves the states that
+are kept, 537 MB at 8,2048,4,256,512, a wider tile the parts of gradients that are added up."""
 SCALAR_STATES_TRIED = 3
 """Of a backward problem with a scalar gate: states kernels for each gradient kernel."""
 PREPARES = {
@@ -288,7 +292,11 @@ def _grads_tiles(spec: Specialisation, gpu: GpuSpec, dv: bool) -> list[TileKerne
         if values[1] * values[2] // (32 * values[3]) <= 64
     ]
     legal = [tile for tile in tiles if grads_illegal(spec, tile, gpu) is None]
-    return sorted(legal, key=lambda t: (_grads_prior(t, spec, gpu), t.slug))
+    legal.sort(key=lambda t: (_grads_prior(t, spec, gpu), t.slug))
+    if dv or padded_k(spec) <= 128 or spec.dtype is not DType.BF16:
+        return legal[: WHOLE_TRIED if dv else GRADS_TRIED]
+    wide = [tile for tile in WIDE_GRADS if grads_illegal(spec, tile, gpu) is None]
+    return [*legal[:GRADS_TRIED], *wide]
 
 
 def _walks(spec: Specialisation, gpu: GpuSpec) -> list[ChunkKernelConfig]:
@@ -309,7 +317,7 @@ def _backward_configs(
         by_tile.setdefault((tile.chunk, tile.block_v, tile.num_warps), tile)
     found = []
     for dv in (False, True):
-        for grads in _grads_tiles(spec, gpu, dv)[: WHOLE_TRIED if dv else GRADS_TRIED]:
+        for grads in _grads_tiles(spec, gpu, dv):
             states = [t for t in walks if grads.chunk % t.chunk == 0][:STATES_TRIED]
             values = [None] if dv else list(by_tile.values())[:DV_TRIED]
             found += [BackwardConfig(s, grads, v) for s in states for v in values]
@@ -352,15 +360,17 @@ def _scalar_backward_configs(
 
 def _decode_configs(problem: Problem, gpu: GpuSpec, default: DecodeConfig) -> list[DecodeConfig]:
     spec = problem.spec
-    tiles = itertools.product((16, *BLOCKS_V), WARPS)
-    found = [DecodeConfig(DecodeKernelConfig(block_v, warps)) for block_v, warps in tiles]
-    return [
-        c
-        for c in found
-        if c != default
-        and why_illegal(spec, c, gpu) is None
-        and padded_k(spec) * c.decode.block_v // (32 * c.decode.num_warps) <= 128
+
+    def sensible(c: DecodeKernelConfig) -> bool:
+        # A limit below twice the state spills; one that the kernel stays under changes nothing.
+        state = padded_k(spec) * c.block_v // (32 * c.num_warps)
+        return 2 * state <= c.max_registers <= 4 * state if c.max_registers else state <= 128
+
+    choices = itertools.product((16, *BLOCKS_V), WARPS, MAX_REGISTERS)
+    found = [
+        DecodeConfig(c) for c in itertools.starmap(DecodeKernelConfig, choices) if sensible(c)
     ]
+    return [c for c in found if c != default and why_illegal(spec, c, gpu) is None]
 
 
 def space(problem: Problem, gpu: GpuSpec, effort: str = "standard", op: Op = Op.FORWARD) -> Space:
