@@ -6,6 +6,8 @@ which kernel got which arguments.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import os
 import re
@@ -13,21 +15,31 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from glac.configs import ChunkKernelConfig, ForwardConfig, PrepareKernelConfig
+from glac import dispatch, emit_c, validate
+from glac.configs import (
+    ChunkKernelConfig,
+    DecodeConfig,
+    DecodeKernelConfig,
+    ForwardConfig,
+    PrepareKernelConfig,
+)
+from glac.decode import DecodeInputs, Gated, Want, _check, launch, run_launch
 from glac.emit_c import c_sources, function_names, left_out, write_c
 from glac.errors import GlacError, PackError
 from glac.forward import run_forward
-from glac.gate import GateInput
+from glac.gate import LOG2E, GateInput
+from glac.gpus import GPUS
 from glac.kernelspec import config_kernels
 from glac.pack import Pack, PackRow, read_pack, write_pack
 from glac.plan import Plan
-from glac.problem import Bucket, DType, Gate, Problem, Specialisation
+from glac.problem import Bucket, DType, Gate, Op, Problem, Specialisation
 from glac.validate import check_lowrank, check_vector
 from tests.helpers_packs import BACKWARD, FAKE_TOOLS, VECTOR, fake_compiled, fake_pack
 
@@ -38,6 +50,8 @@ DENSE = Specialisation(K, V, DType.BF16, Gate.VECTOR, DType.FP32)
 LOWRANK = Specialisation(K, V, DType.BF16, Gate.LOWRANK, DType.BF16, RANK)
 WHOLE, SPLIT = ForwardConfig(CHUNK), ForwardConfig(CHUNK, 64, CHUNK)
 PREPARED = ForwardConfig(CHUNK, prepare=PrepareKernelConfig(32, 16, 4, 2))
+SCALAR = Specialisation(K, V, DType.BF16, Gate.SCALAR, DType.FP32)
+DECODE = DecodeConfig(DecodeKernelConfig(block_v=16, num_warps=2))
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
@@ -80,32 +94,62 @@ int cuLaunchKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned bx, uns
 }
 """
 
+# What the example calls besides, with the host's memory for the device's.
+MEMORY = """
+#include <stdlib.h>
+typedef unsigned long long place;
+int cuInit(unsigned flags) { return (int)flags; }
+int cuDeviceGet(int *device, int index) { *device = index; return 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = context; return device; }
+int cuCtxSetCurrent(void *context) { return !context; }
+int cuStreamCreate(void **stream, unsigned flags) { *stream = (void *)77; return !flags; }
+int cuStreamSynchronize(void *stream) { return stream != (void *)77; }
+int cuMemAlloc(place *at, size_t n) {
+  *at = (place)aligned_alloc(256, (n / 256 + 1) * 256);
+  return !*at;
+}
+int cuMemcpyHtoD(place to, const void *from, size_t n) { return !memcpy((void *)to, from, n); }
+int cuMemcpyDtoH(void *to, place from, size_t n) { return !memcpy(to, (void *)from, n); }
+int cuMemsetD8(place to, unsigned char value, size_t n) { return !memset((void *)to, value, n); }
+int cuGetErrorString(int code, const char **text) { *text = "an error"; return !code; }
+"""
+
 # Runs in a process of its own, which finds the stand-in by LD_LIBRARY_PATH.
 CALLER = """
 import ctypes, json, sys
 library, function, prefix, fields, workspace = json.loads(sys.argv[1])
-POINTERS = "q k v g x w bias cu h0 o ht".split()
-STRIDES = "q_b q_t q_h k_b k_t k_h v_b v_t v_h g_b g_t g_h x_b x_t".split()
-class Forward(ctypes.Structure):
+decode = "_decode_" in function
+STRIDES = "q_b q_t q_h k_b k_t k_h v_b v_t v_h g_b g_t g_h x_b x_t"
+SIZES = "B T Hq Hk Hs N"
+POINTERS = "q k v g x w bias cu"
+if decode:
+    POINTERS += " from to indices o"
+    STRIDES += " from_n from_h"
+    SIZES += " slots index_bytes from_dtype to_dtype in_place every"
+else:
+    POINTERS += " h0 o ht"
+    SIZES += " segment"
+class Call(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in POINTERS),
-        *((name, ctypes.c_int64) for name in STRIDES),
-        *((name, ctypes.c_int32) for name in "B T Hq Hk Hs N".split()),
+        *((name, ctypes.c_uint64) for name in POINTERS.split()),
+        *((name, ctypes.c_int64) for name in STRIDES.split()),
+        *((name, ctypes.c_int32) for name in SIZES.split()),
         *((name, ctypes.c_double) for name in "scale inv_normalizer clamp".split()),
     ]
 code = ctypes.CDLL(library)
 handle = ctypes.c_void_p()
 status = getattr(code, prefix + "_open")(ctypes.byref(handle))
 if status == 0:
-    call = Forward(**fields)
-    ask = getattr(code, function + "_workspace")
-    ask.restype = ctypes.c_size_t
-    size = ask(ctypes.byref(call))
-    given = ctypes.c_size_t(size if workspace is None else workspace)
-    status = getattr(code, function)(
-        handle, ctypes.byref(call), ctypes.c_uint64(1 << 40), given, ctypes.c_void_p(77)
-    )
-    print(size, end=" ")
+    call = Call(**fields)
+    arguments = [handle, ctypes.byref(call)]
+    if not decode:
+        ask = getattr(code, function + "_workspace")
+        ask.restype = ctypes.c_size_t
+        size = ask(ctypes.byref(call))
+        print(size, end=" ")
+        given = ctypes.c_size_t(size if workspace is None else workspace)
+        arguments += [ctypes.c_uint64(1 << 40), given]
+    status = getattr(code, function)(*arguments, ctypes.c_void_p(77))
     getattr(code, prefix + "_close")(handle)
 text = getattr(code, prefix + "_error")
 text.restype = ctypes.c_char_p
@@ -123,6 +167,11 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
         PackRow.make("h200", "heuristic", "", LOWRANK, Bucket(5, 9), WHOLE),
         PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), BACKWARD),
         PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), PREPARED),
+        *(
+            PackRow.make("h100", "heuristic", "", spec, Bucket(9, bucket), DECODE)
+            for spec in (DENSE, LOWRANK, SCALAR)
+            for bucket in (0, 2)
+        ),
     ]
     kernels = dict.fromkeys(k for r in rows for k in config_kernels(r.spec, r.config, "sm_90a"))
     path = tmp_path_factory.mktemp("emit") / "sm_90a"
@@ -134,6 +183,9 @@ NAMES = {
     (DENSE, WHOLE): "glac_sm90a_fwd_k64_v48_vector_bf16_gfp32_bh7_t9",
     (LOWRANK, SPLIT): "glac_sm90a_fwd_k64_v48_lowrank16_bf16_bh5_t9",
     (LOWRANK, WHOLE): "glac_sm90a_fwd_k64_v48_lowrank16_bf16_bh5_t9_h200",
+    (DENSE, DECODE): "glac_sm90a_decode_k64_v48_vector_bf16_gfp32_bh9_t0",
+    (LOWRANK, DECODE): "glac_sm90a_decode_k64_v48_lowrank16_bf16_bh9_t0",
+    (SCALAR, DECODE): "glac_sm90a_decode_k64_v48_scalar_bf16_gfp32_bh9_t0",
 }
 
 
@@ -154,7 +206,11 @@ class Built:
             sizes = "".join("8" if kind.startswith("*") else "4" for _, kind in kernel.args)
             table.append(f'{{"{name}", "{sizes}88"}}')
         values = {"MAJOR": 9, "SHARED": 232448, "VERSION": 12040, **device}
-        text = DRIVER.replace("@TABLE@", ", ".join(table)).replace("@NOTES@", str(self.notes))
+        text = (
+            (DRIVER + MEMORY)
+            .replace("@TABLE@", ", ".join(table))
+            .replace("@NOTES@", str(self.notes))
+        )
         for key, value in values.items():
             text = text.replace(f"@{key}@", str(value))
         (folder / "driver.c").write_text(text)
@@ -228,18 +284,29 @@ CASES: dict[str, dict[str, Any]] = {
     "shared states": {"heads": (8, 2, 4), "states": True},
     "packed": {"B": 1, "cu": (0, 70, 70, 300), "states": True},
     "packed and short": {"B": 1, "T": 50, "cu": (0, 20, 50)},
+    "other segments": {"segment": 96},
+    "packed, other segments": {"B": 1, "cu": (0, 70, 70, 300), "segment": 128, "states": True},
+    "segments that are longer": {"segment": 512},
+    "not cut": {"segment": -1},
 }
 
 
 @needs_gcc
 @pytest.mark.parametrize("spec", [DENSE, LOWRANK], ids=["dense", "lowrank"])
-@pytest.mark.parametrize("config", [SPLIT, WHOLE], ids=["split", "whole"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("config", "case"),
+    [
+        pytest.param(config, case, id=f"{name}-{case}")
+        for config, name in ((SPLIT, "split"), (WHOLE, "whole"))
+        for case in CASES
+        if config is SPLIT or CASES[case].get("segment", 0) <= 0  # the other has no kernels for it
+    ],
+)
 def test_launches_are_those_of_python(
     pack: Pack, built: Built, spec: Specialisation, config: ForwardConfig, case: str
 ) -> None:
-    options: dict[str, Any] = {"B": 2, "T": 300, "heads": (4, 4, 4), **CASES[case]}
-    B, T = options["B"], options["T"]
+    options: dict[str, Any] = {"B": 2, "T": 300, "heads": (4, 4, 4), "segment": 0, **CASES[case]}
+    B, T, segment = options["B"], options["T"], options["segment"]
     Hq, Hk, Hs = options["heads"]
     sequences = len(options["cu"]) - 1 if "cu" in options else B
 
@@ -264,7 +331,8 @@ def test_launches_are_those_of_python(
         kernel.template: Recorder(pack, kernel.name, wanted)
         for kernel in config_kernels(spec, config, "sm_90a")
     }
-    plan = Plan(problem, config, kernels)
+    cut = replace(config, segment=max(segment, 0)) if segment else config
+    plan = Plan(problem, cut, kernels)
     o, ht = run_forward(plan, q, k, v, gate, 0.125, h0, bool(options.get("states")), cu)
 
     tensors = {"q": q, "k": k, "v": v, "cu": cu, "h0": h0, "o": o, "ht": ht, **named}
@@ -275,10 +343,14 @@ def test_launches_are_those_of_python(
                 t = tensors[name]
                 assert t is not None
                 fields.update(zip((f"{name}_{a}" for a in "bth"), t.stride(), strict=False))
-    fields.update(B=B, T=T, Hq=Hq, Hk=Hk, Hs=Hs, N=sequences)
+    fields.update(B=B, T=T, Hq=Hq, Hk=Hk, Hs=Hs, N=sequences, segment=segment)
     fields.update(scale=0.125, inv_normalizer=gate.inv_normalizer, clamp=gate.clamp)
     answer, got = built.call(NAMES[spec, config], fields)
     assert answer.split(maxsplit=1)[1] == "0 done"
+    _compare(pack, got, wanted)
+
+
+def _compare(pack: Pack, got: list[list[str]], wanted: list[list[str]]) -> None:
     assert len(got) == len(wanted)
     for ours, theirs in zip(got, wanted, strict=True):
         info = pack.kernels[ours[0]]
@@ -290,9 +362,115 @@ def test_launches_are_those_of_python(
                 assert mine == other, (info.name, name)
 
 
+DECODE_CASES: dict[str, dict[str, Any]] = {
+    "zeros": {"state": None},
+    "output alone": {},
+    "in place": {"want": Want(in_place=True)},
+    "in place in bf16": {"state": torch.bfloat16, "want": Want(in_place=True)},
+    "new states": {"want": Want(final=True, dtype=torch.bfloat16)},
+    "from bf16": {"state": torch.bfloat16, "want": Want(final=True), "T": 3},
+    "states of each token": {"want": Want(every=True), "T": 3},
+    "slots": {"index": torch.int32, "want": Want(in_place=True), "bias": False},
+    "slots in int64": {"index": torch.int64, "want": Want(in_place=True)},
+    "slots in bf16": {"index": torch.int64, "state": torch.bfloat16, "want": Want(in_place=True)},
+    "slots, new states": {"index": torch.int32, "want": Want(final=True)},
+    "groups": {"heads": (2, 1, 4), "T": 2, "want": Want(in_place=True)},
+    "shared states": {"heads": (8, 2, 4), "want": Want(in_place=True)},
+    "strides": {"spread": True, "T": 2, "index": torch.int32, "want": Want(in_place=True)},
+    "packed": {"B": 1, "T": 7, "cu": (0, 3, 3, 7), "want": Want(in_place=True)},
+    "packed, states of each token": {"B": 1, "T": 7, "cu": (0, 3, 7), "want": Want(every=True)},
+    "one gate for each head": {"gate": "head", "want": Want(in_place=True)},
+    "no gate": {"gate": None, "want": Want(in_place=True)},
+}
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("spec", "case"),
+    [
+        pytest.param(spec, case, id=f"{spec.gate.value}-{case}")
+        for spec in (DENSE, LOWRANK, SCALAR)
+        for case in DECODE_CASES
+        if spec is SCALAR or "gate" not in DECODE_CASES[case]
+    ],
+)
+def test_decoding_launches_what_python_does(
+    pack: Pack, built: Built, spec: Specialisation, case: str
+) -> None:
+    defaults = {"B": 2, "T": 1, "heads": (4, 4, 4), "state": torch.float32, "index": None}
+    options: dict[str, Any] = {**defaults, "want": Want(), "gate": "token", **DECODE_CASES[case]}
+    B, T, want = options["B"], options["T"], options["want"]
+    Hq, Hk, Hs = options["heads"]
+
+    def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        x = torch.zeros(shape, dtype=dtype)
+        return _spread(x) if options.get("spread") and len(shape) == 4 else x
+
+    cu = torch.tensor(options["cu"], dtype=torch.int32) if "cu" in options else None
+    sequences = B if cu is None else cu.shape[0] - 1
+    indices = None
+    if options["index"] is not None:
+        indices = torch.arange(sequences, dtype=options["index"])
+    state = None
+    slots = 7 if indices is not None else sequences
+    if options["state"] is not None:
+        state = torch.zeros(slots, 2 * Hs if "spread" in options else Hs, K, V)[:, :Hs]
+        state = state.to(options["state"])
+    gate = Gated()
+    numbers: tuple[float, ...] = (0.125,)
+    if spec.gate is Gate.LOWRANK:
+        bias = make(Hs * K) if options.get("bias", True) else None
+        gate = Gated(None, make(B, T, RANK), make(Hs * K, RANK), bias)
+        numbers = (0.125, 1 / 16.0, -3.25 * LOG2E)
+    elif options["gate"] is not None:
+        shapes = {"token": (B, T, Hs), "head": (Hs,)}
+        shape = (B, T, Hs, K) if spec is DENSE else shapes[options["gate"]]
+        g = make(*shape, dtype=torch.float32)
+        if options.get("spread") and spec is SCALAR:
+            g = torch.stack((g, g), -1)[..., 0]
+        gate = Gated(g)
+    q, k, v = make(B, T, Hq, K), make(B, T, Hk, K), make(B, T, Hs, V)
+    inputs = DecodeInputs(q, k, v, gate, state, indices, cu)
+    problem, groups = _check(inputs, want)
+    assert problem.spec == spec
+    wanted: list[list[str]] = []
+    (kernel,) = config_kernels(spec, DECODE, "sm_90a")
+    plan = Plan(problem, DECODE, {"gla_decode": Recorder(pack, kernel.name, wanted)})
+    o, new = run_launch(launch(plan, groups, inputs, want), inputs, want, numbers)
+
+    x = gate.x
+    named = {"q": q, "k": k, "v": v, "g": gate.g, "x": x, "w": gate.weight, "bias": gate.bias}
+    named.update({"cu": cu, "from": state, "to": None if want.in_place else new})
+    named.update(indices=indices, o=o)
+    fields: dict[str, Any] = {n: 0 if t is None else t.data_ptr() for n, t in named.items()}
+    if options.get("spread"):
+        for name in ("q", "k", "v", "g"):
+            tensor = named[name]
+            if tensor is not None:
+                fields.update(zip((f"{name}_{a}" for a in "bth"), tensor.stride(), strict=False))
+        assert state is not None
+        fields.update(from_n=state.stride(0), from_h=state.stride(1))
+    if options["gate"] == "head":
+        fields["g_h"] = 1
+    fields.update(B=B, T=T, Hq=Hq, Hk=Hk, Hs=Hs, N=sequences, slots=slots)
+    fields.update(index_bytes=8 if options["index"] is torch.int64 else 4)
+    fields.update(in_place=int(want.in_place), every=int(want.every))
+    fields.update(from_dtype=int(options["state"] is torch.bfloat16))
+    fields.update(to_dtype=int(want.dtype is torch.bfloat16))
+    fields.update(scale=0.125, inv_normalizer=1 / 16.0, clamp=-3.25)
+    answer, got = built.call(NAMES[spec, DECODE], fields)
+    assert answer == "0 done"
+    _compare(pack, got, wanted)
+
+
 def _good() -> dict[str, Any]:
     fields = dict.fromkeys(("q", "k", "v", "g", "o"), 1 << 30)
     return {**fields, "B": 2, "T": 300, "Hq": 4, "Hk": 4, "Hs": 4, "scale": 1.0}
+
+
+def test_limits_are_those_of_python() -> None:
+    assert emit_c.MAX_TOKEN_STRIDE == validate.MAX_TOKEN_STRIDE
+    assert emit_c.MAX_TOKENS == validate.MAX_TOKENS
 
 
 @needs_gcc
@@ -312,12 +490,62 @@ def _good() -> dict[str, Any]:
         ({"q_t": 200, "q_h": 64, "q_b": 60000}, "-4 a stride"),
         ({"k_t": 32, "k_h": 64, "k_b": 64000}, "-4 a stride"),
         ({"v_t": 1 << 24, "v_h": 48, "v_b": 0}, "-4 a stride"),
+        ({"segment": 48}, "-9 a segment is no multiple"),
     ],
 )
 def test_wrong_calls_are_refused(built: Built, change: dict[str, Any], message: str) -> None:
     answer, launched = built.call(NAMES[DENSE, SPLIT], {**_good(), **change})
     assert answer.split(maxsplit=1)[1].startswith(message)
     assert launched == []
+
+
+@needs_gcc
+def test_segments_without_kernels_for_them_are_refused(built: Built) -> None:
+    answer, launched = built.call(NAMES[DENSE, WHOLE], {**_good(), "segment": 64})
+    assert answer.startswith("0 -9 a segment is no multiple of the row's step, or the row cannot")
+    assert launched == []
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": 0}, "-1 a pointer"),
+        ({"from": 0, "in_place": 1}, "-1 a pointer"),
+        ({"from": 0, "indices": 1 << 20, "slots": 3, "index_bytes": 4}, "-1 a pointer"),
+        ({"every": 1}, "-1 a pointer"),
+        ({"from": (1 << 30) + 8}, "-2 a pointer"),
+        ({"indices": (1 << 20) + 4, "slots": 3, "index_bytes": 8}, "-2 a pointer"),
+        ({"B": 0}, "-3 a size"),
+        ({"Hk": 3}, "-3 a size"),
+        ({"B": 2**28}, "-3 a size"),
+        ({"Hq": 2**18, "Hk": 2**18, "Hs": 2**18}, "-3 a size"),
+        ({"cu": 1 << 20, "N": 4}, "-3 a size"),
+        ({"indices": 1 << 20, "index_bytes": 4}, "-3 a size"),
+        ({"k_t": 200, "k_h": 64, "k_b": 60000}, "-4 a stride"),
+        ({"from_n": 4 * 64 * 48, "from_h": 8}, "-4 a stride"),
+        ({"to": 1 << 20, "every": 1, "T": 1 << 22}, "-4 a stride"),
+        ({"indices": 1 << 20, "slots": 3, "index_bytes": 2}, "-10 a dtype"),
+        ({"from_dtype": 2}, "-10 a dtype"),
+        ({"to_dtype": -1}, "-10 a dtype"),
+        ({"to": 1 << 20, "in_place": 1}, "-10 a dtype"),
+    ],
+)
+def test_wrong_calls_of_decoding_are_refused(
+    built: Built, change: dict[str, Any], message: str
+) -> None:
+    call = {**_good(), "T": 1, "from": 1 << 30}
+    answer, launched = built.call(NAMES[DENSE, DECODE], {**call, **change})
+    assert answer.startswith(message)
+    assert launched == []
+
+
+@needs_gcc
+def test_scalar_gates_are_aligned_as_numbers(built: Built) -> None:
+    call = {**_good(), "T": 1, "g": (1 << 30) + 4}
+    assert built.call(NAMES[SCALAR, DECODE], call)[0] == "0 done"
+    call["g"] += 2
+    assert built.call(NAMES[SCALAR, DECODE], call)[0].startswith("-2 a pointer")
 
 
 @needs_gcc
@@ -376,9 +604,25 @@ def test_the_text_depends_on_the_pack_alone(pack: Pack, tmp_path: Path) -> None:
     assert max(map(len, header.splitlines())) <= 100
     # Two GPUs with one config share a function; other ops are left out.
     assert {name for name in NAMES.values() if f"int {name}(" in header} == set(NAMES.values())
-    assert header.count("_workspace(const glac_forward *call);") == len(NAMES)
+    assert header.count("_workspace(const glac_forward *call);") == 4
+    assert header.count("const glac_decode *call,\n    void *stream);") == 3
     assert source.count("/* gla_bwd") == 0
     assert function_names(pack) == NAMES
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("config", "absent"), [(WHOLE, "decode"), (DECODE, "forward")], ids=["forward", "decode"]
+)
+def test_one_op_alone(tmp_path: Path, config: ForwardConfig | DecodeConfig, absent: str) -> None:
+    """Nothing is said of what a pack has no rows of, and nothing is left over."""
+    row = PackRow.make("h100", "tuned", "", DENSE, Bucket(5, 9), config)
+    kernels = config_kernels(DENSE, config, "sm_90a")
+    only = write_pack(tmp_path / "p", "sm_90a", map(fake_compiled, kernels), [row], FAKE_TOOLS)
+    for text in c_sources(only):
+        assert f"glac_{absent}" not in text
+        assert re.search(r"@\w+@", text) is None
+    Built(only, tmp_path)
 
 
 def test_what_cannot_be_written(pack: Pack, tmp_path: Path) -> None:
@@ -387,7 +631,7 @@ def test_what_cannot_be_written(pack: Pack, tmp_path: Path) -> None:
     row = PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), BACKWARD)
     kernels = config_kernels(VECTOR, BACKWARD, "sm_90a")
     only = write_pack(tmp_path / "b", "sm_90a", map(fake_compiled, kernels), [row], FAKE_TOOLS)
-    with pytest.raises(GlacError, match="no forward row"):
+    with pytest.raises(GlacError, match="neither a forward nor a decode row"):
         c_sources(only)
     damaged = fake_pack(tmp_path / "d")
     for cubin in (damaged.path / "cubins").iterdir():
@@ -396,24 +640,89 @@ def test_what_cannot_be_written(pack: Pack, tmp_path: Path) -> None:
         c_sources(damaged)
 
 
+def _make_case() -> Any:
+    """The example's script as a module."""
+    spec = importlib.util.spec_from_file_location("make_case", ROOT / "examples/c/make_case.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 @needs_gcc
-def test_the_example_builds(pack: Pack, tmp_path: Path) -> None:
-    """With a header and a library that only name what it uses: neither needs to be installed."""
-    write_c(pack, tmp_path)
+def test_the_example_builds_and_runs(pack: Pack, tmp_path: Path) -> None:
+    """With a header and a library that only know what it uses: neither needs to be installed."""
+    built = Built(pack, tmp_path)
     (tmp_path / "cuda.h").write_text(STAND_IN_HEADER)
-    names = re.findall(r"\b(cu\w+)\(", STAND_IN_HEADER)
-    (tmp_path / "stub.c").write_text("".join(f"int {name};\n" for name in names))
-    library = str(tmp_path / "libcuda.so.1")
-    stub = ["gcc", "-shared", "-fPIC", "-o", library, str(tmp_path / "stub.c")]
     configure = ["cmake", "-S", str(ROOT / "examples" / "c"), "-B", str(tmp_path / "build")]
-    places = {"GLAC_SOURCES": tmp_path, "CUDA_INCLUDE": tmp_path, "CUDA_DRIVER": library}
+    driver = tmp_path / "libcuda.so.1"
+    places = {"GLAC_SOURCES": tmp_path, "CUDA_INCLUDE": tmp_path, "CUDA_DRIVER": driver}
     configure += [f"-D{key}={value}" for key, value in places.items()]
     configure += ["-DCMAKE_C_FLAGS=-Wall -Wextra -Werror"]
-    for command in (stub, configure, ["cmake", "--build", str(tmp_path / "build")]):
+    for command in (configure, ["cmake", "--build", str(tmp_path / "build")]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "build" / "prefill").is_file()
+
+    def untouched(*shape: int) -> torch.Tensor:
+        """What results are filled with, as no kernel runs."""
+        return torch.full(shape, 255, dtype=torch.uint8)
+
+    for name, config, T in (("prefill", SPLIT, 300), ("decode", DECODE, 1)):
+        inputs = dict.fromkeys("qkvg", torch.zeros(2, T, 4, 64))
+        results = {"o": untouched(2, T, 4, V * 2), "ht": untouched(2, 4, K, V * 4)}
+        numbers = {"row": NAMES[DENSE, config], "segment": 96, "B": 2, "T": T, "H": 4}
+        numbers.update(scale=0.125, inv_normalizer=1 / 16.0, clamp=float("-inf"))
+        _make_case().write(tmp_path / "cases" / name, numbers, {**inputs, **results})
+
+    def run() -> subprocess.CompletedProcess[str]:
+        built.notes.write_text("")
+        return subprocess.run(
+            [str(tmp_path / "build" / "serve"), str(tmp_path / "cases")],
+            env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "bit-identical"
+    launches = [line.split() for line in built.notes.read_text().splitlines()]
+    templates = [pack.kernels[launch[0]].kernel.template for launch in launches]
+    assert templates == ["gla_states", "gla_combine", "gla_fwd", "gla_decode"]
+    forward, decode = (
+        dict(zip((name for name, _ in pack.kernels[launch[0]].args), launch[4:], strict=False))
+        for launch in launches[2:]
+    )
+    assert forward["seg_len"] == struct.pack("<i", 96).hex()
+    assert decode["from32"] == decode["to32"] == forward["ht"] != "00" * 8
+    assert decode["in_place"] == struct.pack("<i", 1).hex()
+    state = tmp_path / "cases" / "decode" / "ht.bin"
+    state.write_bytes(b"\0" + state.read_bytes()[1:])
+    done = run()
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "DIFFERENT")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "op", "row", "segment"),
+    [
+        ((1, 512, 32), Op.FORWARD, (DENSE, SPLIT), 64),
+        ((1, 4096, 4), Op.FORWARD, (DENSE, SPLIT), 256),
+        ((1, 300, 4), Op.FORWARD, (DENSE, SPLIT), -1),
+        ((8, 1, 4), Op.DECODE, (DENSE, DECODE), -1),
+    ],
+)
+def test_the_example_finds_the_function_of_a_decision(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch, sizes: Any, op: Op, row: Any, segment: int
+) -> None:
+    """Also where dispatch cuts sequences into other segments than the row's."""
+    monkeypatch.setenv("GLAC_PACK_PATH", str(pack.path))
+    decide = functools.partial(dispatch.decide, gpu=GPUS["h100"])
+    monkeypatch.setattr(dispatch, "explain", decide)
+    found = _make_case().served_by(Problem(DENSE, *sizes), op)
+    assert found == {"row": NAMES[row], "segment": segment}
 
 
 STAND_IN_HEADER = """

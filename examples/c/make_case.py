@@ -1,37 +1,55 @@
-"""Write cases for prefill.c: inputs, and what the kernels of a pack make of them in Python.
+"""Write cases for serve.c: inputs, and what the kernels of a pack make of them in Python.
 
     GLAC_PACK_PATH=build/packs python examples/c/make_case.py build/cases [--lowrank]
 
-``prefill`` is a call on many tokens, ``next_token`` goes on with its final state. Needs the GPU
-that the pack is for.
+``prefill`` is a call on many tokens; ``decode`` is one on the token behind them, which updates
+their final state in place. Needs the GPU that the pack is for.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from glac import dispatch
-from glac.attention import chunk_gla, chunk_gla_lowrank
+from glac.attention import chunk_gla, chunk_gla_lowrank, recurrent_gla, recurrent_gla_lowrank
 from glac.emit_c import function_names
+from glac.kernelspec import config_kernels
 from glac.pack import read_pack
+from glac.problem import Op, Problem
 from glac.validate import check_lowrank, check_vector
 
 
-def write(folder: Path, numbers: dict[str, object], tensors: dict[str, Tensor | None]) -> None:
+def write(folder: Path, numbers: dict[str, object], tensors: dict[str, Tensor]) -> None:
     """One case; tensors as they lie in memory."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{key} {value!r}".replace("'", "") for key, value in numbers.items()]
     (folder / "case.txt").write_text("\n".join(lines) + "\n")
+    for old in folder.glob("*.bin"):
+        old.unlink()
     for name, tensor in tensors.items():
-        path = folder / f"{name}.bin"
-        path.unlink(missing_ok=True)
-        if tensor is not None:
-            raw = tensor.contiguous().view(torch.uint8).cpu().numpy()
-            path.write_bytes(raw.tobytes())
+        raw = tensor.contiguous().view(torch.uint8).cpu().numpy()
+        (folder / f"{name}.bin").write_bytes(raw.tobytes())
+
+
+def served_by(problem: Problem, op: Op) -> dict[str, object]:
+    """The C function with the kernels that Python runs, and the segments it cuts sequences into.
+
+    Its row was made for a problem of some size; for others dispatch finds other segments.
+    """
+    decision = dispatch.explain(problem, op=op)
+    if decision.provider != "pack":
+        raise SystemExit(f"no pack serves {problem}: {decision.reason}")
+    pack = read_pack(Path(decision.path))
+    for (spec, config), name in function_names(pack).items():
+        kernels = {item.template: item.name for item in config_kernels(spec, config, pack.arch)}
+        if kernels == decision.kernels:
+            return {"row": name, "segment": getattr(decision.config, "segment", 0) or -1}
+    raise SystemExit(f"what serves {problem} has no function in C: {decision.config_id}")
 
 
 def main() -> None:
@@ -49,30 +67,29 @@ def main() -> None:
         return torch.randn(shape, device="cuda").to(torch.bfloat16)
 
     state = None
-    for name, tokens in (("prefill", T), ("next_token", 1)):
+    w, bias = draw(H * K, 16) / 4, draw(H * K)
+    call: Any
+    for name, op, tokens in (("prefill", Op.FORWARD, T), ("decode", Op.DECODE, 1)):
         q, k, v = draw(B, tokens, H, K), draw(B, tokens, H, K), draw(B, tokens, H, V)
-        given = {"initial_state": state, "output_final_state": True}
         if options.lowrank:
-            x, w, bias = draw(B, tokens, 16), draw(H * K, 16) / 4, draw(H * K)
+            x = draw(B, tokens, 16)
             problem = check_lowrank(q, k, v, x, w, bias, state)
-            o, final = chunk_gla_lowrank(q, k, v, x, w, bias, **given)
-            gate: dict[str, Tensor | None] = {"x": x, "w": w, "bias": bias, "g": None}
+            call = chunk_gla_lowrank if op is Op.FORWARD else recurrent_gla_lowrank
+            gate = {"x": x, "w": w, "bias": bias}
         else:
             g = torch.nn.functional.logsigmoid(draw(B, tokens, H, K)) / 16
             problem = check_vector(q, k, v, g, state)
-            o, final = chunk_gla(q, k, v, g, **given)
-            gate = {"g": g, "x": None, "w": None, "bias": None}
-        decision = dispatch.explain(problem)
-        if decision.provider != "pack":
-            raise SystemExit(f"no pack serves {problem}: {decision.reason}")
-        names = function_names(read_pack(decision.path))
-        row = next(n for (s, c), n in names.items() if (s, c) == (problem.spec, decision.config))
-        numbers = {"row": row, "B": B, "T": tokens, "H": H, "scale": K**-0.5}
+            call = chunk_gla if op is Op.FORWARD else recurrent_gla
+            gate = {"g": g}
+        if op is Op.FORWARD:
+            o, state = call(q, k, v, *gate.values(), output_final_state=True)
+        else:  # on the state that the other case ends with, and that is in a file by now
+            o, state = call(q, k, v, *gate.values(), initial_state=state, inplace=True)
+        numbers = {**served_by(problem, op), "B": B, "T": tokens, "H": H, "scale": K**-0.5}
         numbers.update(inv_normalizer=1 / 16.0, clamp=float("-inf"))
-        tensors = {"q": q, "k": k, "v": v, "h0": state, "o": o, "ht": final, **gate}
+        tensors = {"q": q, "k": k, "v": v, "o": o, "ht": state, **gate}
         write(options.out / name, numbers, tensors)
-        state = final
-        print(f"{options.out / name}: {problem}, {row}")
+        print(f"{options.out / name}: {problem}, {numbers['row']}")
 
 
 if __name__ == "__main__":

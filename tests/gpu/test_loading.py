@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_everything_preloaded_is_there_in_a_capture(packed: Packed) -> None:
 FORK = """
 import os, sys, torch
 from glac.attention import chunk_gla
-from glac import dispatch
+from glac import fast
 x = [torch.randn(1, 64, 2, 64, device="cuda").bfloat16() for _ in range(4)]
 x[3] = -x[3].abs()
 for _ in range(2):
@@ -153,17 +154,20 @@ def test_c_gives_the_same_bits(packed: Packed, tmp_path: Path, gate: str) -> Non
     if shutil.which("gcc") is None or header is None:
         pytest.skip("needs gcc and cuda.h")
     x = packed.draw(2, 1000, 8, 128, 128, gate=gate)
-    decision = packed.need(problem_of(x))
-    pack = read_pack(decision.path)
+    problem = problem_of(x)
+    path = packed.need(problem).path
+    if packed.need(replace(problem, T=1), Op.DECODE).path != path:
+        pytest.skip("forward and decode rows are in two packs")
+    pack = read_pack(Path(path))
     header_file, source = write_c(pack, tmp_path)
     case = [sys.executable, "examples/c/make_case.py", str(tmp_path / "cases")]
     case += ["--lowrank"] if gate == "lowrank" else []
-    program = tmp_path / "prefill"
+    program = tmp_path / "serve"
     compiler = ["gcc", "-O1", f"-I{tmp_path}", f"-I{header}/include"]
     compiler += [f'-DGLAC_HEADER="{header_file.name}"']
     compiler += [f"-DGLAC_PREFIX=glac_{pack.arch.replace('_', '')}"]
-    compiler += ["examples/c/prefill.c", str(source), "-ldl", _driver()]
-    run = [str(program), str(tmp_path / "cases" / "prefill"), str(tmp_path / "cases/next_token")]
+    compiler += ["examples/c/serve.c", str(source), "-ldl", _driver()]
+    run = [str(program), str(tmp_path / "cases")]
     for command in (case, [*compiler, "-o", str(program)], run):
         done = subprocess.run(
             command,

@@ -1,7 +1,8 @@
-/* Runs cases that make_case.py wrote and compares every bit of the results with those of Python.
+/* A prompt and the token behind it, as make_case.py wrote them, compared with Python bit by bit.
 
-   A case is a folder: case.txt names the row and the sizes, NAME.bin holds a tensor as it lies in
-   memory. Exit code 0: all results are bit-identical. */
+   FOLDER/prefill and FOLDER/decode each hold a case: case.txt names the row and the sizes, NAME.bin
+   holds a tensor as it lies in memory. The token is decoded in place on the state that the prompt
+   left on the device. Exit code 0: all results are bit-identical. */
 #include <cuda.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -79,7 +80,8 @@ static size_t differences(const char *folder, const char *name, CUdeviceptr wher
   return count;
 }
 
-static double number(const char *folder, const char *key, char *text, size_t room) {
+/* What case.txt says of `key`: its number, and if `text` is given the text itself. */
+static double value_of(const char *folder, const char *key, char *text, size_t room) {
   char path[4096], name[64], value[256];
   snprintf(path, sizeof path, "%s/case.txt", folder);
   FILE *file = fopen(path, "r");
@@ -94,24 +96,27 @@ static double number(const char *folder, const char *key, char *text, size_t roo
   return 0;
 }
 
-static size_t run(glac_handle *handle, const char *folder, CUstream stream) {
+static double number(const char *folder, const char *key) { return value_of(folder, key, NULL, 0); }
+
+/* Runs the prompt; `state` is then the state behind it. */
+static size_t prefill(glac_handle *handle, const char *folder, CUstream stream,
+                      CUdeviceptr *state) {
   char name[256];
-  number(folder, "row", name, sizeof name);
   int row = 0;
+  value_of(folder, "row", name, sizeof name);
   while (row < GLAC(row_count) && strcmp(GLAC(rows)[row].name, name)) row++;
   if (row == GLAC(row_count)) fail(name, "not among the rows of these sources");
 
   glac_forward call = {0};
-  call.B = (int32_t)number(folder, "B", NULL, 0);
-  call.T = (int32_t)number(folder, "T", NULL, 0);
-  call.Hq = call.Hk = call.Hs = (int32_t)number(folder, "H", NULL, 0);
-  call.scale = number(folder, "scale", NULL, 0);
-  call.inv_normalizer = number(folder, "inv_normalizer", NULL, 0);
-  call.clamp = number(folder, "clamp", NULL, 0);
+  call.B = (int32_t)number(folder, "B"), call.T = (int32_t)number(folder, "T");
+  call.Hq = call.Hk = call.Hs = (int32_t)number(folder, "H");
+  call.segment = (int32_t)number(folder, "segment");
+  call.scale = number(folder, "scale");
+  call.inv_normalizer = number(folder, "inv_normalizer"), call.clamp = number(folder, "clamp");
   call.q = upload(folder, "q"), call.k = upload(folder, "k"), call.v = upload(folder, "v");
   call.g = upload(folder, "g"), call.x = upload(folder, "x"), call.w = upload(folder, "w");
-  call.bias = upload(folder, "bias"), call.h0 = upload(folder, "h0");
-  call.o = room_for(folder, "o"), call.ht = room_for(folder, "ht");
+  call.bias = upload(folder, "bias");
+  call.o = room_for(folder, "o"), call.ht = *state = room_for(folder, "ht");
 
   CUdeviceptr workspace = 0;
   size_t size = GLAC(rows)[row].workspace(&call);
@@ -123,13 +128,41 @@ static size_t run(glac_handle *handle, const char *folder, CUstream stream) {
   return differences(folder, "o", call.o) + differences(folder, "ht", call.ht);
 }
 
-int main(int count, char **cases) {
+/* Runs the next token and updates `state`. */
+static size_t decode(glac_handle *handle, const char *folder, CUstream stream, CUdeviceptr state) {
+  char name[256];
+  int row = 0;
+  value_of(folder, "row", name, sizeof name);
+  while (row < GLAC(decode_row_count) && strcmp(GLAC(decode_rows)[row].name, name)) row++;
+  if (row == GLAC(decode_row_count)) fail(name, "not among the rows of these sources");
+
+  glac_decode call = {0};
+  call.B = (int32_t)number(folder, "B"), call.T = (int32_t)number(folder, "T");
+  call.Hq = call.Hk = call.Hs = (int32_t)number(folder, "H");
+  call.scale = number(folder, "scale");
+  call.inv_normalizer = number(folder, "inv_normalizer"), call.clamp = number(folder, "clamp");
+  call.q = upload(folder, "q"), call.k = upload(folder, "k"), call.v = upload(folder, "v");
+  call.g = upload(folder, "g"), call.x = upload(folder, "x"), call.w = upload(folder, "w");
+  call.bias = upload(folder, "bias");
+  call.o = room_for(folder, "o"), call.from = state, call.in_place = 1;
+
+  int code = GLAC(decode_rows)[row].run(handle, &call, stream);
+  if (code) fail(name, GLAC(error)(code));
+  check(cuStreamSynchronize(stream), name);
+  printf("%s: %s\n", folder, name);
+  return differences(folder, "o", call.o) + differences(folder, "ht", state);
+}
+
+int main(int count, char **arguments) {
+  char first[4096], next[4096];
   CUdevice device;
   CUcontext context;
   CUstream stream;
+  CUdeviceptr state;
   glac_handle *handle;
-  size_t different = 0;
-  if (count < 2) fail("usage", "prefill CASE...");
+  if (count != 2) fail("usage", "serve FOLDER");
+  snprintf(first, sizeof first, "%s/prefill", arguments[1]);
+  snprintf(next, sizeof next, "%s/decode", arguments[1]);
   check(cuInit(0), "cuInit");
   check(cuDeviceGet(&device, 0), "cuDeviceGet");
   check(cuDevicePrimaryCtxRetain(&context, device), "cuDevicePrimaryCtxRetain");
@@ -137,7 +170,8 @@ int main(int count, char **cases) {
   check(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING), "cuStreamCreate");
   int code = GLAC(open)(&handle);
   if (code) fail("opening the kernels", GLAC(error)(code));
-  for (int i = 1; i < count; i++) different += run(handle, cases[i], stream);
+  size_t different = prefill(handle, first, stream, &state);
+  different += decode(handle, next, stream, state);
   GLAC(close)(handle);
   printf("%s\n", different ? "DIFFERENT" : "bit-identical");
   return different != 0;
