@@ -86,6 +86,7 @@ else:
 
 
 StateLayout = Literal["kv", "vk"]
+Precision = Literal["ieee", "tf32"]
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -104,6 +105,7 @@ def chunk_gla(
     state_layout: StateLayout = "kv",
     state_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
+    precision: Precision = "ieee",
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention with a dense per-channel gate.
 
@@ -129,6 +131,9 @@ def chunk_gla(
             kernels read and write fp32; a state in bf16 is one more small launch.
         chunk_size: tokens per chunk of the PyTorch path. The kernels' chunk is part of their tuned
             config and not affected.
+        precision: how kernels multiply fp32 inputs: ``"ieee"``, close to fp32, or ``"tf32"``,
+            faster and wrong by about 1e-3 (docs/numerics.md). The PyTorch path computes in fp32
+            either way. With bf16 and fp16 inputs, also those of autocast, only ``"ieee"``.
 
     Under ``torch.autocast`` q, k, v and a gate that is not fp32 are cast to its dtype.
 
@@ -146,6 +151,7 @@ def chunk_gla(
     key = None
     # The short way of a call that is like one before; everything behind it is the long way.
     plain = cu_seqlens is None and cu_seqlens_cpu is None and chunk_size is None and not reverse
+    plain = plain and precision == "ieee"  # a key does not tell: another precision has none
     if plain and state_layout == "kv" and _wide(initial_state, state_dtype):
         tensors = (q, k, v, g, initial_state)
         key = fast.key_of(tensors, (scale,), output_final_state)
@@ -155,7 +161,7 @@ def chunk_gla(
             return result
     q, k, v, g = _autocast(q, k, v, g)
     initial_state = _usual(initial_state, state_layout, state_dtype)
-    problem = check_vector(q, k, v, g, initial_state, cu_seqlens)
+    problem = check_vector(q, k, v, g, initial_state, cu_seqlens, precision)
     factor = problem.spec.K**-0.5 if scale is None else check_scalar("scale", scale)
     chunk = check_chunk_size(chunk_size)
     if cu_seqlens is not None or cu_seqlens_cpu is not None:
@@ -188,6 +194,7 @@ def chunk_gla_lowrank(
     state_layout: StateLayout = "kv",
     state_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
+    precision: Precision = "ieee",
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention whose gate is computed inside the kernel from a low-rank input.
 
@@ -214,6 +221,7 @@ def chunk_gla_lowrank(
         state_layout: ``"kv"`` or ``"vk"``.
         state_dtype: of the final state, fp32 or bf16.
         chunk_size: of the PyTorch path.
+        precision: of products of fp32 inputs, ``"ieee"`` or ``"tf32"``.
 
     Returns:
         As ``chunk_gla``. Gradients of weight and bias are computed in fp32.
@@ -227,6 +235,7 @@ def chunk_gla_lowrank(
     """
     key = None
     plain = cu_seqlens is None and cu_seqlens_cpu is None and chunk_size is None and not reverse
+    plain = plain and precision == "ieee"  # a key does not tell: another precision has none
     if plain and state_layout == "kv" and _wide(initial_state, state_dtype):
         tensors = (q, k, v, x, weight, bias, initial_state)
         key = fast.key_of(tensors, (normalizer, clamp_min, scale), output_final_state)
@@ -236,7 +245,7 @@ def chunk_gla_lowrank(
             return result
     q, k, v, x, weight, bias = _autocast(q, k, v, x, weight, bias)
     initial_state = _usual(initial_state, state_layout, state_dtype)
-    problem = check_lowrank(q, k, v, x, weight, bias, initial_state, cu_seqlens)
+    problem = check_lowrank(q, k, v, x, weight, bias, initial_state, cu_seqlens, precision)
     factor = problem.spec.K**-0.5 if scale is None else check_scalar("scale", scale)
     tau = check_scalar("normalizer", normalizer, positive=True)
     chunk = check_chunk_size(chunk_size)
@@ -354,6 +363,7 @@ def chunk_simple_gla(
     state_layout: StateLayout = "kv",
     state_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
+    precision: Precision = "ieee",
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention with one forget gate per token and head (simple GLA, Mamba-2's SSD).
 
@@ -378,6 +388,7 @@ def chunk_simple_gla(
         state_layout: ``"kv"``, or ``"vk"`` where both states are ``[N, H, V, K]``.
         state_dtype: of the final state, fp32 or bf16.
         chunk_size: tokens per chunk of the PyTorch path.
+        precision: of products of fp32 inputs, ``"ieee"`` or ``"tf32"``, as for ``chunk_gla``.
 
     Under ``torch.autocast`` q, k, v and a gate that is not fp32 are cast to its dtype.
 
@@ -394,7 +405,7 @@ def chunk_simple_gla(
     """
     if g is None:
         raise InputError("g must be [B, T, H], got None", hint="chunk_linear_attn has no gate")
-    form = _Form(cu_seqlens_cpu, reverse, state_layout, state_dtype)
+    form = _Form(cu_seqlens_cpu, reverse, state_layout, state_dtype, precision)
     tensors = (q, k, v, g, initial_state, cu_seqlens)
     return _scalar(tensors, scale, output_final_state, chunk_size, form)
 
@@ -414,6 +425,7 @@ def chunk_retention(
     state_layout: StateLayout = "kv",
     state_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
+    precision: Precision = "ieee",
 ) -> tuple[Tensor, Tensor | None]:
     """Retention: linear attention whose heads decay at constant rates of their own.
 
@@ -427,7 +439,7 @@ def chunk_retention(
         g: natural logarithm of each head's decay per token ``[H]``, <= 0, in q's dtype or fp32;
             by default RetNet's, ``log(1 - 2 ** (-5 - h))`` for head h.
         scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, reverse,
-            state_layout, state_dtype, chunk_size: as there.
+            state_layout, state_dtype, chunk_size, precision: as there.
 
     Returns:
         As ``chunk_simple_gla``.
@@ -443,7 +455,7 @@ def chunk_retention(
             f"g must be [H], one decay per head, got shape {tuple(g.shape)}",
             hint="chunk_simple_gla takes a gate for each token, [B, T, H]",
         )
-    form = _Form(cu_seqlens_cpu, reverse, state_layout, state_dtype)
+    form = _Form(cu_seqlens_cpu, reverse, state_layout, state_dtype, precision)
     tensors = (q, k, v, g, initial_state, cu_seqlens)
     return _scalar(tensors, scale, output_final_state, chunk_size, form)
 
@@ -462,6 +474,7 @@ def chunk_linear_attn(
     state_layout: StateLayout = "kv",
     state_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
+    precision: Precision = "ieee",
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention that forgets nothing: ``chunk_simple_gla`` without a gate.
 
@@ -470,7 +483,7 @@ def chunk_linear_attn(
         k: keys ``[B, T, Hk, K]``.
         v: values ``[B, T, H, V]``.
         scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, reverse,
-            state_layout, state_dtype, chunk_size: as there.
+            state_layout, state_dtype, chunk_size, precision: as there.
 
     Returns:
         As ``chunk_simple_gla``.
@@ -478,7 +491,7 @@ def chunk_linear_attn(
     Raises:
         InputError, InputTypeError, KernelNotFoundError, NotDifferentiableError: likewise.
     """
-    form = _Form(cu_seqlens_cpu, reverse, state_layout, state_dtype)
+    form = _Form(cu_seqlens_cpu, reverse, state_layout, state_dtype, precision)
     tensors = (q, k, v, None, initial_state, cu_seqlens)
     return _scalar(tensors, scale, output_final_state, chunk_size, form)
 
@@ -490,6 +503,7 @@ class _Form(NamedTuple):
     reverse: bool
     layout: str
     dtype: torch.dtype
+    precision: str
 
 
 def _scalar(
@@ -506,7 +520,7 @@ def _scalar(
     *inputs, state, cu = tensors
     q, k, v, g = _autocast(*inputs)
     state = _usual(state, form.layout, form.dtype)
-    problem = check(ScalarInputs(q, k, v, g, state, cu)).problem
+    problem = check(ScalarInputs(q, k, v, g, state, cu), form.precision).problem
     factor = problem.spec.K**-0.5 if scale is None else check_scalar("scale", scale)
     chunk = check_chunk_size(chunk_size)
     if cu is not None or form.cu_seqlens_cpu is not None:
@@ -516,5 +530,5 @@ def _scalar(
         g = g.flip(1) if g is not None and g.dim() == 3 else g
         state, cu = _reversed(state, cu, problem)
     call = ScalarInputs(q, k, v, g, state, cu)
-    o, state = attend_scalar(call, factor, bool(output_final_state), chunk)
+    o, state = attend_scalar(call, factor, bool(output_final_state), chunk, form.precision)
     return _as_asked(o, state, form.reverse, cu, form.layout, form.dtype)

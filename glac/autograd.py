@@ -156,6 +156,11 @@ def remember(
     bind(key, problem, q, k, v, gate, scale, initial_state, output_final_state, call)
 
 
+def _precision(call: Call) -> str:
+    """As the operators take it."""
+    return call.problem.spec.precision.value
+
+
 def _numbers(gate: GateInput) -> tuple[float, ...]:
     """What the operators of this kind of gate take besides tensors."""
     return (gate.inv_normalizer, gate.clamp) if gate.lowrank else ()
@@ -173,7 +178,12 @@ def _forward(call: Call, *tensors: Any) -> engine.Result:
     if _observed(tensors):
         operator = ops.chunk_gla_lowrank_fwd if gate.lowrank else ops.chunk_gla_fwd
         o, state = operator(
-            *tensors, *_numbers(gate), call.scale, call.output_final_state, call.chunk_size
+            *tensors,
+            *_numbers(gate),
+            call.scale,
+            call.output_final_state,
+            call.chunk_size,
+            _precision(call),
         )
         return o, state if call.output_final_state else None
     return engine.forward(
@@ -199,7 +209,7 @@ def _backward(
     if _observed((do, dht, *tensors)):
         operator = ops.chunk_gla_lowrank_bwd if gate.lowrank else ops.chunk_gla_bwd
         grads: tuple[Tensor, ...] = operator(
-            *tensors, do, dht, *_numbers(gate), call.scale, call.chunk_size
+            *tensors, do, dht, *_numbers(gate), call.scale, call.chunk_size, _precision(call)
         )
         return *grads, None
     key = None if cu is not None else fast.backward_key(call.key, do, dht, dh0)

@@ -350,6 +350,7 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # not generic in cl
 
 GPU_CHOICE = click.Choice(sorted(GPUS), case_sensitive=False)
 DTYPE_CHOICE = click.Choice(["bf16", "fp16", "fp32"])
+PRECISION_CHOICE = click.Choice(["ieee", "tf32"])
 GATE_CHOICE = click.Choice(["vector", "lowrank", "scalar"])
 OP_CHOICE = click.Choice(["forward", "backward", "decode"])
 SUITE_CHOICE = click.Choice(sorted(SUITES))
@@ -628,6 +629,7 @@ def bench(
 @click.option("--gate", type=GATE_CHOICE, default="vector", show_default=True)
 @click.option("--rank", type=int, default=16, show_default=True, help="Of a low-rank gate.")
 @click.option("--gate-dtype", type=DTYPE_CHOICE, help="Of the gate or its bias [as --dtype].")
+@click.option("--precision", type=PRECISION_CHOICE, help="Of products of fp32 inputs [ieee].")
 @click.option("--gpu", type=GPU_CHOICE, help="Decide for this GPU [the one in this machine].")
 @common_options
 def explain(
@@ -637,19 +639,20 @@ def explain(
     gate: str,
     rank: int,
     gate_dtype: str | None,
+    precision: str | None,
     gpu: str | None,
 ) -> None:
     """Say which kernel serves a problem, and why."""
     _need("torch")
     from glac.dispatch import decide
-    from glac.problem import DType, Gate, Op, Problem, Specialisation
+    from glac.problem import DType, Gate, Op, Precision
+    from glac.suites import make_problem
 
-    B, T, H, K, V = shape
-    kind, element = Gate(gate), DType(dtype)
-    spec = Specialisation(
-        K, V, element, kind, DType(gate_dtype or dtype), rank if kind is Gate.LOWRANK else 0
-    )
-    problem = Problem(spec, B, T, H)
+    if precision == Precision.TF32.value and op == Op.DECODE.value:
+        raise click.UsageError("--precision goes with forward and backward: decoding has no TF32")
+    kind, element, wide = Gate(gate), DType(dtype), DType(gate_dtype or dtype)
+    ranks = rank if kind is Gate.LOWRANK else 0
+    problem = make_problem(shape, kind, ranks, element, wide, Precision(precision or "ieee"))
     target = GPUS[gpu] if gpu else _device_spec()
     wanted = Op(op)
     if not wanted.serves(kind) and wanted in (Op.FORWARD, Op.BACKWARD):

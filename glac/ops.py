@@ -5,9 +5,9 @@
 
 ``torch.compile``, ``torch.export``, fake tensors and dispatch modes meet these. Other calls go
 past them (``glac.autograd``), because the dispatcher would add 10 us to each. The schemas are
-written below: tensors first, then numbers. The number of results is fixed, and an absent one has
-the shape ``[0]``; gradients of weight, bias and initial state are fp32. There is one
-implementation for all devices, since ``glac.engine`` looks at the device.
+written below: tensors first, then numbers, then the precision. The number of results is fixed, and
+an absent one has the shape ``[0]``; gradients of weight, bias and initial state are fp32. There is
+one implementation for all devices, since ``glac.engine`` looks at the device.
 """
 
 from __future__ import annotations
@@ -121,8 +121,9 @@ def define_passes(
 
     The forward operator takes ``count`` tensors, q, k and v first and the boundaries of a packed
     batch last, then numbers, of which the last are whether the final state is wanted and the chunk
-    size. The backward operator takes the tensors, the gradients of both results, and the numbers
-    but that one; it returns a gradient for each tensor but the boundaries, and has none itself.
+    size, then the precision. The backward operator takes the tensors, the gradients of both
+    results, and the rest but whether the final state is wanted; it returns a gradient for each
+    tensor but the boundaries, and has none itself.
 
     Args:
         name: what both names begin with.
@@ -149,13 +150,13 @@ def define_passes(
         ctx: Any, needs: Sequence[bool], do: Tensor | None, dht: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        *numbers, output_final_state, chunk_size = ctx.numbers
+        *numbers, output_final_state, chunk_size, precision = ctx.numbers
         dht = dht if output_final_state else None
         if do is None and dht is None:
             return (None,) * len(needs)
         if do is None:
             do = no_gradient(inputs[0], inputs[2])
-        grads = backward(*inputs, do, dht, *numbers, chunk_size)
+        grads = backward(*inputs, do, dht, *numbers, chunk_size, precision)
         return *wanted(needs, (*grads, None)), *(None for _ in ctx.numbers)
 
     _differentiable(forward, save, differentiate)
@@ -198,8 +199,8 @@ class _Family:
 
     def forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         q, k, v, *gate, initial_state, cu = args[: self.count]
-        *numbers, scale, output_final_state, chunk_size = args[self.count :]
-        problem = self.check(q, k, v, *gate, initial_state, cu)
+        *numbers, scale, output_final_state, chunk_size, precision = args[self.count :]
+        problem = self.check(q, k, v, *gate, initial_state, cu, precision)
         o, state = engine.forward(
             problem,
             q,
@@ -216,7 +217,7 @@ class _Family:
 
     def fake_forward(self, *args: Any) -> tuple[Tensor, Tensor]:
         q, _, v, *_, cu = args[: self.count]
-        *_, output_final_state, _ = args
+        *_, output_final_state, _, _ = args
         sequences = q.shape[0] if cu is None else cu.shape[0] - 1
         state = (sequences, v.shape[2], q.shape[3], v.shape[3])
         final = state if output_final_state else (0,)
@@ -224,8 +225,8 @@ class _Family:
 
     def backward(self, *args: Any) -> tuple[Tensor, ...]:
         q, k, v, *gate, initial_state, cu, do, dht = args[: self.count + 2]
-        *numbers, scale, chunk_size = args[self.count + 2 :]
-        problem = self.check(q, k, v, *gate, initial_state, cu)
+        *numbers, scale, chunk_size, precision = args[self.count + 2 :]
+        problem = self.check(q, k, v, *gate, initial_state, cu, precision)
         dq, dk, dv, gates, dh0 = engine.backward(
             problem,
             q,
@@ -255,10 +256,10 @@ class _Family:
         return define_passes(
             self.name,
             (
-                f"({self.tensors}, {numbers}, bool output_final_state, int chunk_size)"
-                " -> (Tensor o, Tensor final_state)",
-                f"({self.tensors}, Tensor do, Tensor? dht, {numbers}, int chunk_size)"
-                f" -> ({grads})",
+                f"({self.tensors}, {numbers}, bool output_final_state, int chunk_size, "
+                "str precision) -> (Tensor o, Tensor final_state)",
+                f"({self.tensors}, Tensor do, Tensor? dht, {numbers}, int chunk_size, "
+                f"str precision) -> ({grads})",
             ),
             (self.forward, self.backward),
             (self.fake_forward, self.fake_backward),

@@ -35,6 +35,15 @@ class DType(str, Enum):
         return 4 if self is DType.FP32 else 2
 
 
+class Precision(str, Enum):
+    """How kernels multiply fp32 inputs; other inputs are always multiplied once."""
+
+    IEEE = "ieee"
+    """As three TF32 products, which is close to fp32."""
+    TF32 = "tf32"
+    """As one TF32 product, about 1e-3."""
+
+
 class Op(str, Enum):
     """What is computed. Each op has kernels, configs and tuned rows of its own."""
 
@@ -117,6 +126,7 @@ class Specialisation:
         gate: how the forget gate arrives.
         gate_dtype: of the dense gate, or of the low-rank gate's bias: ``dtype`` or fp32.
         rank: of the low-rank gate (8, 16, 32, 64), 0 for a dense one.
+        precision: of the products of fp32 inputs, ``ieee`` for others.
     """
 
     K: int
@@ -125,6 +135,7 @@ class Specialisation:
     gate: Gate
     gate_dtype: DType
     rank: int = 0
+    precision: Precision = Precision.IEEE
 
     def __post_init__(self) -> None:
         if not 1 <= self.K <= MAX_K:
@@ -139,15 +150,22 @@ class Specialisation:
             raise ConfigError(f"rank must be one of {LOWRANK_RANKS}, got {self.rank}")
         if self.gate is not Gate.LOWRANK and self.rank != 0:
             raise ConfigError(f"a {self.gate.value} gate has rank 0, got {self.rank}")
+        if self.precision is not Precision.IEEE and self.dtype is not DType.FP32:
+            raise ConfigError(
+                f"precision {self.precision.value} goes with fp32 inputs, got {self.dtype.value}"
+            )
 
     @property
     def slug(self) -> str:
         """Readable part of kernel names, for example ``k128_v128_lowrank16_bf16``."""
         gate = self.gate.value + (str(self.rank) if self.rank else "")
         wide = "_gfp32" if self.gate_dtype is not self.dtype else ""
-        return f"k{self.K}_v{self.V}_{gate}_{self.dtype.value}{wide}"
+        once = "" if self.precision is Precision.IEEE else f"_{self.precision.value}"
+        return f"k{self.K}_v{self.V}_{gate}_{self.dtype.value}{wide}{once}"
 
     def to_dict(self) -> dict[str, Any]:
+        """As plain data; ``precision`` is left out where it is ``ieee``, as in most rows."""
+        once = {} if self.precision is Precision.IEEE else {"precision": self.precision.value}
         return {
             "K": self.K,
             "V": self.V,
@@ -155,10 +173,13 @@ class Specialisation:
             "gate": self.gate.value,
             "gate_dtype": self.gate_dtype.value,
             "rank": self.rank,
+            **once,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "specialisation") -> Specialisation:
+        if isinstance(data, Mapping):
+            data = {"precision": Precision.IEEE.value, **data}
         d = strict_fields(cls, data, where)
         try:
             return cls(
@@ -168,6 +189,7 @@ class Specialisation:
                 gate=Gate(d["gate"]),
                 gate_dtype=DType(d["gate_dtype"]),
                 rank=strict_int(d, "rank", where),
+                precision=Precision(d["precision"]),
             )
         except ConfigError as error:
             raise ConfigError(f"{where}: {error.message}", hint=error.hint) from None
@@ -240,8 +262,12 @@ class Problem:
 
     @property
     def ops(self) -> tuple[Op, ...]:
-        """What is tuned, and built untuned, of a problem: both passes, or decoding few tokens."""
-        return (Op.DECODE,) if self.T <= DECODE_TOKENS else self.spec.gate.passes
+        """What is tuned, and built untuned, of a problem: both passes, or decoding few tokens.
+
+        Decoding multiplies nothing on the matrix units, and takes no precision.
+        """
+        few = self.T <= DECODE_TOKENS and self.spec.precision is Precision.IEEE
+        return (Op.DECODE,) if few else self.spec.gate.passes
 
     def bytes(self, op: Op) -> int:
         """Bytes that ``op`` must move through memory: inputs read once, results written once.

@@ -36,7 +36,7 @@ from glac.configs import (
 from glac.errors import ConfigError, MissingEnvironmentError
 from glac.gpus import GPUS, RELATIVES, GpuSpec
 from glac.plan import segments_of
-from glac.problem import DType, Gate, Op, Problem, Specialisation
+from glac.problem import DType, Gate, Op, Precision, Problem, Specialisation
 from glac.templates import state_dtype, tiles
 
 PASSES: dict[str, tuple[Op, ...]] = {
@@ -70,6 +70,11 @@ def matrix_rate(gpu: GpuSpec, dtype: DType) -> float:
     return gpu.matrix_rate / slower[dtype]
 
 
+def multiplied_as(spec: Specialisation) -> DType:
+    """The inputs whose products take as long: fp32 ones multiplied once are like fp16 ones."""
+    return spec.dtype if spec.precision is Precision.IEEE else DType.FP16
+
+
 def useful_flops(problem: Problem, op: Op) -> int:
     """Matrix FLOPs of the recurrence, token by token.
 
@@ -92,7 +97,8 @@ def useful_flops(problem: Problem, op: Op) -> int:
 def floor_us(problem: Problem, gpu: GpuSpec, op: Op) -> float:
     """Microseconds that no implementation of one pass can go below: memory's or compute's."""
     memory = problem.bytes(op) / gpu.copy_bandwidth
-    return max(memory, useful_flops(problem, op) / matrix_rate(gpu, problem.spec.dtype)) * 1e6
+    rate = matrix_rate(gpu, multiplied_as(problem.spec))
+    return max(memory, useful_flops(problem, op) / rate) * 1e6
 
 
 # ---- what kernels do ----
@@ -227,7 +233,13 @@ def _work(
     warps = config.num_warps if config else 4
     total = {"flops": flops * programs * steps, "exps": exps * programs * steps, "bytes": moved}
     us = predict(
-        gpu, spec.dtype, programs=programs, steps=steps, warps=warps, launches=launches, **total
+        gpu,
+        multiplied_as(spec),
+        programs=programs,
+        steps=steps,
+        warps=warps,
+        launches=launches,
+        **total,
     )
     return KernelWork(template, launches, programs, steps, warps, us=us, **total)
 
@@ -608,8 +620,8 @@ class Roofline:
 
     @property
     def rate(self) -> float:
-        """Achievable FLOP/s for this dtype."""
-        return matrix_rate(self.gpu, self.problem.spec.dtype)
+        """Achievable FLOP/s for this dtype and precision."""
+        return matrix_rate(self.gpu, multiplied_as(self.problem.spec))
 
     @property
     def flops(self) -> int:

@@ -45,10 +45,11 @@ class _Call(NamedTuple):
     scale: float
     output_final_state: bool
     chunk_size: int
+    precision: str
 
 
 def attend(
-    i: ScalarInputs, scale: float, output_final_state: bool, chunk_size: int
+    i: ScalarInputs, scale: float, output_final_state: bool, chunk_size: int, precision: str
 ) -> scalar.Result:
     """``glac.scalar.forward`` with gradients, in eager and in traced code.
 
@@ -63,23 +64,23 @@ def attend(
     compiling = seen and torch.compiler.is_compiling()
     if not compiling and forward_ad._current_level >= 0 and any(map(has_tangent, tensors)):
         raise no_tangents()
-    call = _Call(scale, output_final_state, chunk_size)
+    call = _Call(scale, output_final_state, chunk_size, precision)
     if seen and not (not compiling and transforms()):
         return _forward(call, *tensors)
     if not seen and not wants_grad(tensors):
         return scalar.forward(i, *call)
     if not seen:
-        _require_backward(i)
+        _require_backward(i, precision)
     result: scalar.Result = _Attention.apply(call, *tensors)  # type: ignore[no-untyped-call]
     return result
 
 
-def _require_backward(i: ScalarInputs) -> None:
+def _require_backward(i: ScalarInputs, precision: str) -> None:
     """Where PyTorch may not stand in, find out before the forward pass runs."""
     if not (require_aot() and i.q.is_cuda):
         return
     try:
-        problem = scalar.bucketed(scalar.check(i).problem, i)
+        problem = scalar.bucketed(scalar.check(i, precision).problem, i)
         dispatch.resolve(problem, i.q.device.index, Op.SCALAR_BACKWARD)
     except KernelNotFoundError as error:
         raise KernelNotFoundError(
@@ -100,7 +101,7 @@ def _backward(
     """A gradient for each of q, k, v, and for g and the initial state where needed."""
     if observed((do, dht, *tensors)):
         grads: tuple[Tensor, ...] = chunk_simple_gla_bwd(
-            *tensors, do, dht, call.scale, call.chunk_size
+            *tensors, do, dht, call.scale, call.chunk_size, call.precision
         )
         return grads
     return scalar.backward(
@@ -109,6 +110,7 @@ def _backward(
         do,
         dht,
         call.chunk_size,
+        call.precision,
         want_dg=needs[3],
         want_dh0=needs[4],
     )
@@ -180,20 +182,21 @@ def _op_forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
     i = ScalarInputs(*args[:_COUNT])
-    _, output_final_state, _ = args[_COUNT:]
+    _, output_final_state, _, _ = args[_COUNT:]
     final = (i.sequences, i.v.shape[2], i.q.shape[3], i.v.shape[3]) if output_final_state else (0,)
     return i.q.new_empty(output_shape(i.q, i.v)), i.q.new_empty(final, dtype=torch.float32)
 
 
 def _op_backward(*args: Any) -> tuple[Tensor, ...]:
     i = ScalarInputs(*args[:_COUNT])
-    do, dht, scale, chunk_size = args[_COUNT:]
+    do, dht, scale, chunk_size, precision = args[_COUNT:]
     grads = scalar.backward(
         i,
         scale,
         do,
         dht,
         chunk_size,
+        precision,
         want_dg=i.g is not None,
         want_dh0=i.initial_state is not None,
     )
@@ -211,9 +214,9 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
 chunk_simple_gla_fwd, chunk_simple_gla_bwd = define_passes(
     "chunk_simple_gla",
     (
-        f"({_TENSORS}, float scale, bool output_final_state, int chunk_size)"
+        f"({_TENSORS}, float scale, bool output_final_state, int chunk_size, str precision)"
         " -> (Tensor o, Tensor final_state)",
-        f"({_TENSORS}, Tensor do, Tensor? dht, float scale, int chunk_size)"
+        f"({_TENSORS}, Tensor do, Tensor? dht, float scale, int chunk_size, str precision)"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dh0)",
     ),
     (_op_forward, _op_backward),

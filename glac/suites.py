@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from glac.errors import ConfigError
-from glac.problem import DType, Gate, Problem, Specialisation
+from glac.problem import DType, Gate, Precision, Problem, Specialisation
 
 Shape = tuple[int, int, int, int, int]
 """B, T, H, K, V."""
@@ -56,16 +56,18 @@ def make_problem(
     rank: int = 0,
     dtype: DType = DType.BF16,
     gate_dtype: DType | None = None,
+    precision: Precision = Precision.IEEE,
 ) -> Problem:
     """The problem of a ``(B, T, H, K, V)`` shape.
 
     Raises:
-        ConfigError: the shape or the gate is impossible.
+        ConfigError: the shape, the gate or the precision is impossible.
     """
     if len(shape) != 5 or min(shape) < 1:
         raise ConfigError(f"a shape is B,T,H,K,V, all positive; got {tuple(shape)}")
     B, T, H, K, V = shape
-    return Problem(Specialisation(K, V, dtype, gate, gate_dtype or dtype, rank), B, T, H)
+    spec = Specialisation(K, V, dtype, gate, gate_dtype or dtype, rank, precision)
+    return Problem(spec, B, T, H)
 
 
 def _suites() -> dict[str, tuple[Problem, ...]]:

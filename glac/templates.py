@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from glac.configs import (
     TurnedKernelConfig,
     padded_k,
 )
-from glac.problem import DType, Gate, Op, Specialisation
+from glac.problem import DType, Gate, Op, Precision, Specialisation
 from glac.record import dataclass
 
 TEMPLATE_DIR = Path(__file__).parent / "kernel_templates"
@@ -245,6 +246,8 @@ def kernel_specialisation(template: str, spec: Specialisation) -> Specialisation
     """
     if template == "gla_combine":
         return Specialisation(spec.K, spec.V, DType.FP32, Gate.VECTOR, DType.FP32)
+    if template == "gla_decode":  # no product of tiles
+        return replace(spec, precision=Precision.IEEE)
     return spec
 
 
@@ -273,6 +276,15 @@ POINTERS: dict[str, Callable[[Specialisation], str]] = {
 def pointer_type(kind: str, spec: Specialisation) -> str:
     """Triton's name of a pointer kind, such as ``*bf16``."""
     return f"*{POINTERS[kind](spec)}"
+
+
+def input_precision(spec: Specialisation) -> str:
+    """Triton's name of how products of fp32 tiles are made; those of bf16 tiles do not ask.
+
+    fp16 inputs have fp32 tiles, which the kernels round to what one TF32 product takes.
+    """
+    wide = spec.dtype is DType.FP32 and spec.precision is Precision.IEEE
+    return "tf32x3" if wide else "tf32"
 
 
 def stride_unit(dim: int) -> int:
@@ -320,7 +332,7 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
         "BX": EXACT_ROWS,
         "LOWRANK": lowrank,
         "BF16": spec.dtype is DType.BF16,
-        "PRECISION": "tf32x3" if spec.dtype is DType.FP32 else "tf32",
+        "PRECISION": input_precision(spec),
         "INTERPRETED": False,
     }
     if isinstance(config, PrepareKernelConfig):

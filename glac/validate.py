@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from glac.errors import InputError, InputTypeError
-from glac.problem import LOWRANK_RANKS, MAX_K, MAX_V, DType, Gate, Problem, Specialisation
+from glac.problem import (
+    LOWRANK_RANKS,
+    MAX_K,
+    MAX_V,
+    DType,
+    Gate,
+    Precision,
+    Problem,
+    Specialisation,
+)
 from glac.record import dataclass
 
 DTYPES: dict[torch.dtype, DType] = {
@@ -91,6 +100,27 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_precision(precision: object, dtype: torch.dtype) -> Precision:
+    """How products are made, from the public argument of the same name.
+
+    Args:
+        precision: ``"ieee"`` or ``"tf32"``.
+        dtype: of q, k and v.
+
+    Raises:
+        InputError: it is neither, or TF32 is asked for beside inputs that are not fp32.
+    """
+    check_choice("precision", precision, ("ieee", "tf32"))
+    if precision == "ieee":
+        return Precision.IEEE
+    if dtype != torch.float32:
+        raise InputError(
+            f"precision 'tf32' goes with torch.float32 inputs, got q in {dtype}",
+            hint="leave precision out: products of bf16 and fp16 inputs have one form",
+        )
+    return Precision.TF32
+
+
 def check_chunk_size(value: int | None) -> int:
     """The PyTorch path's chunk: ``value``, or 64.
 
@@ -126,9 +156,9 @@ class _Sizes:
     def state_shape(self) -> tuple[int, int, int, int]:
         return self.packed or self.B, self.state_heads, self.K, self.V
 
-    def problem(self, gate: Gate, gate_dtype: DType, rank: int = 0) -> Problem:
+    def problem(self, gate: Gate, gate_dtype: DType, rank: int, precision: Precision) -> Problem:
         return Problem(
-            Specialisation(self.K, self.V, self.dtype, gate, gate_dtype, rank),
+            Specialisation(self.K, self.V, self.dtype, gate, gate_dtype, rank, precision),
             self.B,
             self.T,
             self.H,
@@ -263,6 +293,7 @@ def check_vector(
     g: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None = None,
+    precision: str = "ieee",
 ) -> Problem:
     """Validate the arguments of ``chunk_gla``."""
     sizes = _check_qkv(q, k, v, cu_seqlens)
@@ -272,7 +303,7 @@ def check_vector(
     want_dtype("g", g, tuple({q.dtype: 0, torch.float32: 0}), "q's dtype or float32")
     check_state(initial_state, sizes.state_shape)
     same_device(q, k=k, v=v, g=g, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    return sizes.problem(Gate.VECTOR, DTYPES[g.dtype])
+    return sizes.problem(Gate.VECTOR, DTYPES[g.dtype], 0, check_precision(precision, q.dtype))
 
 
 def check_lowrank(
@@ -284,6 +315,7 @@ def check_lowrank(
     bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None = None,
+    precision: str = "ieee",
 ) -> Problem:
     """Validate the arguments of ``chunk_gla_lowrank``."""
     sizes = _check_qkv(q, k, v, cu_seqlens)
@@ -320,7 +352,7 @@ def check_lowrank(
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
-    return sizes.problem(Gate.LOWRANK, gate_dtype, rank)
+    return sizes.problem(Gate.LOWRANK, gate_dtype, rank, check_precision(precision, q.dtype))
 
 
 def check_boundaries(cu_seqlens: Tensor, T: int) -> None:

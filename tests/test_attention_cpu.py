@@ -172,6 +172,20 @@ def test_gradients_are_those_of_the_token_loop(gate: Gate) -> None:
         assert relative_rms(single[name].grad, double[name].grad) <= 1e-5, name
 
 
+@pytest.mark.parametrize("gate", ["vector", "lowrank"])
+def test_precision_changes_nothing_in_pytorch(gate: Gate) -> None:
+    x = make_inputs(2, 40, 2, 12, 16, dtype=FP32, gate=gate, rank=8, initial_state=True)
+    for name in ("q", "k", "v"):
+        getattr(x, name).requires_grad_()
+    runs = []
+    for precision in ("ieee", "tf32"):
+        o, state = call(x, precision=precision)
+        assert state is not None
+        loss = o.square().sum() + state.sum()
+        runs.append((o, state, *torch.autograd.grad(loss, (x.q, x.k, x.v))))
+    assert all(map(torch.equal, *runs))
+
+
 def test_inputs_are_left_alone() -> None:
     x = make_inputs(1, 20, 2, 8, 8, dtype=FP32, initial_state=True)
     before = {name: t.clone() for name, t in vars(x).items() if t is not None}

@@ -211,9 +211,10 @@ def test_operators_take_boundaries() -> None:
     x = leaves(drawn(20, (2, 1, 1), sequences=2))
     cu = torch.tensor([0, 7, 20], dtype=torch.int32)
     inputs = (x["q"], x["k"], x["v"], x["g"], x["initial_state"], cu)
-    torch.library.opcheck(ops.chunk_gla_fwd, (*inputs, SCALE, True, 16))
+    torch.library.opcheck(ops.chunk_gla_fwd, (*inputs, SCALE, True, 16, "ieee"))
     do = torch.randn(1, 20, 2, 6)
-    torch.library.opcheck(ops.chunk_gla_bwd, (*(t.detach() for t in inputs), do, None, SCALE, 16))
+    plain = (t.detach() for t in inputs)
+    torch.library.opcheck(ops.chunk_gla_bwd, (*plain, do, None, SCALE, 16, "ieee"))
 
 
 CU = torch.tensor([0, 7, 20])

@@ -581,6 +581,16 @@ def test_explain_says_why_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert document(refused)["error"]["code"] == "kernel-not-found"
 
 
+def test_explain_knows_the_precision() -> None:
+    words = ["explain", "2,1000,3,64,64", "--gpu", "h100", "--precision", "tf32"]
+    for op in ("forward", "backward"):
+        result = glac(*words, "--dtype", "fp32", "--op", op)
+        assert result.exit_code == 0, result.output
+        assert "k64_v64_vector_fp32_tf32" in result.stdout
+    assert "goes with fp32 inputs, got bf16" in glac(*words).stderr
+    assert glac(*words, "--dtype", "fp32", "--op", "decode").exit_code == 2
+
+
 def test_configs_commands(configs_dir: Path) -> None:
     path = configs_dir / "h100.yaml"
     listed = document(glac("configs", "list", "--json"))["data"]["files"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,11 +22,12 @@ import pytest
 from glac import compile as glac_compile
 from glac import compile_worker
 from glac.compile import CompiledKernel, compile_kernel, compile_many, toolchain
-from glac.configs import ChunkKernelConfig, CombineKernelConfig
+from glac.configs import ChunkKernelConfig, CombineKernelConfig, TurnedKernelConfig
 from glac.errors import CompileError, GlacError, MissingEnvironmentError
+from glac.generate import ast_source, import_triton
 from glac.gpus import ARCHS, GPUS
 from glac.kernelspec import KernelSpec
-from glac.problem import DType, Gate, Specialisation
+from glac.problem import DType, Gate, Precision, Specialisation
 
 SPEC = Specialisation(16, 32, DType.BF16, Gate.VECTOR, DType.BF16)
 CONFIG = ChunkKernelConfig(chunk=16, block_v=32, num_warps=2, num_stages=2)
@@ -59,6 +62,43 @@ def test_facts(arch: str) -> None:
     assert 0 < built.shared <= 64 * 1024
     assert built.scratch_bytes == 0
     assert str(Path(__file__).parents[1]).encode() not in built.cubin
+
+
+def assembly(kernel: KernelSpec) -> dict[str, Any]:
+    """What the compiler makes of a kernel, from ``ttir`` to ``ptx``."""
+    target = importlib.import_module("triton.backends.compiler").GPUTarget(
+        "cuda", ARCHS[kernel.arch], 32
+    )
+    options = {"num_warps": kernel.config.num_warps, "num_stages": 2}
+    made = import_triton().compile(ast_source(kernel), target=target, options=options)
+    return dict(made.asm)
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHS))
+@pytest.mark.parametrize(("template", "sums"), [("gla_fwd", 1), ("scalar_fwd", 0)])
+def test_products_of_fp32_inputs(arch: str, template: str, sums: int) -> None:
+    """Multiplied once there is a third of the instructions, but for the sums of the gate."""
+    gate = Gate.VECTOR if template == "gla_fwd" else Gate.SCALAR
+    kind = ChunkKernelConfig if template == "gla_fwd" else TurnedKernelConfig
+    config = kind(chunk=32, block_v=64, num_warps=4, num_stages=2)
+    usual = Specialisation(64, 64, DType.FP32, gate, DType.FP32)
+    asm = [
+        assembly(KernelSpec(template, replace(usual, precision=precision), config, arch))
+        for precision in (Precision.IEEE, Precision.TF32)
+    ]
+    forms = [re.findall(r"inputPrecision = (\w+)", made["ttir"]) for made in asm]
+    assert len(forms[0]) == len(forms[1]) > sums
+    assert set(forms[0]) == {"tf32x3"}
+    assert sorted(forms[1], reverse=True) == ["tf32x3"] * sums + ["tf32"] * (len(forms[0]) - sums)
+    three, one = (
+        len(re.findall(r"^\s*(?:mma\.sync|wgmma\.mma_async)", made["ptx"], re.MULTILINE))
+        for made in asm
+    )
+    assert three % 3 == 0
+    if not sums:
+        assert one == three // 3
+    reduced = (three - one) / 2  # what is multiplied once now, each in place of three
+    assert 0.85 * three / 3 <= reduced <= three / 3
 
 
 def test_same_bytes_twice(no_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

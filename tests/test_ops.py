@@ -25,7 +25,7 @@ OPERATORS = {
     "lowrank": (ops.chunk_gla_lowrank_fwd, ops.chunk_gla_lowrank_bwd),
 }
 NUMBERS: dict[str, tuple[float, ...]] = {"vector": (), "lowrank": (1 / 16, -0.1)}
-SCALE, CHUNK = 0.3, 16
+SCALE, CHUNK, PRECISION = 0.3, 16, "ieee"
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def head_first(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("optional", [False, True])
 def test_forward_operators(gate: Gate, dtype: torch.dtype, optional: bool) -> None:
     inputs = as_leaves(draw(gate, dtype=dtype, bias=optional, state=optional))
-    arguments = (*inputs, *NUMBERS[gate], SCALE, optional, CHUNK)
+    arguments = (*inputs, *NUMBERS[gate], SCALE, optional, CHUNK, PRECISION)
     torch.library.opcheck(OPERATORS[gate][0], arguments)
 
 
@@ -91,7 +91,7 @@ def test_forward_operators(gate: Gate, dtype: torch.dtype, optional: bool) -> No
 def test_backward_operators(gate: Gate, dtype: torch.dtype, optional: bool) -> None:
     inputs = draw(gate, dtype=dtype, bias=optional, state=optional)
     dht = torch.ones(2, 2, 8, 6) if optional else None
-    arguments = (*inputs, inputs[2], dht, *NUMBERS[gate], SCALE, CHUNK)
+    arguments = (*inputs, inputs[2], dht, *NUMBERS[gate], SCALE, CHUNK, PRECISION)
     torch.library.opcheck(OPERATORS[gate][1], arguments)
 
 
@@ -99,19 +99,21 @@ def test_backward_operators(gate: Gate, dtype: torch.dtype, optional: bool) -> N
 def test_operators_on_other_layouts(gate: Gate) -> None:
     inputs = [head_first(t) if t is not None and t.ndim == 4 else t for t in draw(gate)]
     forward, backward = OPERATORS[gate]
-    torch.library.opcheck(forward, (*as_leaves(inputs), *NUMBERS[gate], SCALE, True, CHUNK))
+    torch.library.opcheck(
+        forward, (*as_leaves(inputs), *NUMBERS[gate], SCALE, True, CHUNK, PRECISION)
+    )
     assert inputs[2] is not None
     do, dht = inputs[2][:1, :1].expand_as(inputs[2]), inputs[-1]
-    torch.library.opcheck(backward, (*inputs, do, dht, *NUMBERS[gate], SCALE, CHUNK))
+    torch.library.opcheck(backward, (*inputs, do, dht, *NUMBERS[gate], SCALE, CHUNK, PRECISION))
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_absent_results_are_empty(gate: Gate) -> None:
     inputs = draw(gate, bias=False, state=False)
     forward, backward = OPERATORS[gate]
-    o, state = forward(*inputs, *NUMBERS[gate], SCALE, False, CHUNK)
+    o, state = forward(*inputs, *NUMBERS[gate], SCALE, False, CHUNK, PRECISION)
     assert (state.shape, state.dtype) == ((0,), FP32)
-    grads = backward(*inputs, o, None, *NUMBERS[gate], SCALE, CHUNK)
+    grads = backward(*inputs, o, None, *NUMBERS[gate], SCALE, CHUNK, PRECISION)
     assert len(grads) == len(inputs) - 1  # boundaries have none
     for grad, tensor in zip(grads, inputs, strict=False):
         assert grad.shape == ((0,) if tensor is None else tensor.shape)
@@ -119,7 +121,9 @@ def test_absent_results_are_empty(gate: Gate) -> None:
 
 def test_gradients_of_parameters_are_fp32() -> None:
     inputs = draw("lowrank", dtype=BF16)
-    grads = ops.chunk_gla_lowrank_bwd(*inputs, inputs[2], None, 1 / 16, -111.0, SCALE, CHUNK)
+    grads = ops.chunk_gla_lowrank_bwd(
+        *inputs, inputs[2], None, 1 / 16, -111.0, SCALE, CHUNK, PRECISION
+    )
     assert [g.dtype for g in grads] == [BF16] * 4 + [FP32] * 3
 
 
@@ -128,7 +132,7 @@ def test_gradients_through_an_operator_are_those_of_an_eager_call(gate: Gate) ->
     numbers = (1 / 16, -111.0) if gate == "lowrank" else ()
 
     def run(*tensors: Any) -> Any:
-        return OPERATORS[gate][0](*tensors, *numbers, 8**-0.5, True, 64)
+        return OPERATORS[gate][0](*tensors, *numbers, 8**-0.5, True, 64, PRECISION)
 
     inputs = draw(gate)
     for a, b in zip(gradients(run, inputs), gradients(public, inputs), strict=True):
@@ -141,9 +145,9 @@ def test_operators_are_differentiable_once(gate: Gate, which: int) -> None:
     inputs = as_leaves(draw(gate))
     forward, backward = OPERATORS[gate]
     if which:
-        (dq, *_) = backward(*inputs, inputs[2], None, *NUMBERS[gate], SCALE, CHUNK)
+        (dq, *_) = backward(*inputs, inputs[2], None, *NUMBERS[gate], SCALE, CHUNK, PRECISION)
     else:
-        o, _ = forward(*inputs, *NUMBERS[gate], SCALE, True, CHUNK)
+        o, _ = forward(*inputs, *NUMBERS[gate], SCALE, True, CHUNK, PRECISION)
         (dq,) = torch.autograd.grad(o.sum(), present(inputs)[:1], create_graph=True)
     with pytest.raises(NotDifferentiableError, match="once"):
         dq.sum().backward()
@@ -153,7 +157,7 @@ def test_operators_check_their_arguments() -> None:
     q, k, v, g, *_ = draw("vector")
     assert g is not None
     with pytest.raises(InputError, match="g must be"):
-        ops.chunk_gla_fwd(q, k, v, g[:, :5], None, None, SCALE, False, CHUNK)
+        ops.chunk_gla_fwd(q, k, v, g[:, :5], None, None, SCALE, False, CHUNK, PRECISION)
 
 
 def test_checked_mode_reaches_operators(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +165,7 @@ def test_checked_mode_reaches_operators(monkeypatch: pytest.MonkeyPatch) -> None
     q, k, v, g, *_ = draw("vector")
     assert g is not None
     with pytest.raises(InputError, match="g must be <= 0"):
-        ops.chunk_gla_fwd(q, k, v, g.abs(), None, None, SCALE, False, CHUNK)
+        ops.chunk_gla_fwd(q, k, v, g.abs(), None, None, SCALE, False, CHUNK, PRECISION)
 
 
 # --- what sees a call before it runs ----------------------------------------------------------
@@ -187,6 +191,16 @@ def test_compiled_with_numbers_that_change() -> None:
         wanted, wanted_state = public(*inputs, **numbers)
         assert torch.equal(o, wanted)
         assert torch.equal(state, wanted_state)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_compiled_with_a_precision(gate: Gate) -> None:
+    compiled = torch.compile(public, fullgraph=True, backend="aot_eager")
+    inputs = draw(gate)
+    wanted = gradients(public, inputs)
+    for precision in ("ieee", "tf32"):
+        found = gradients(lambda *x, p=precision: compiled(*x, precision=p), inputs)
+        assert all(map(torch.equal, found, wanted))
 
 
 def test_compiled_without_gradients() -> None:
@@ -240,22 +254,24 @@ def test_fake_tensors_give_shapes_and_nothing_runs(gate: Gate) -> None:
 
 
 def test_a_dispatch_mode_sees_both_passes() -> None:
-    seen: list[str] = []
+    seen: dict[str, Any] = {}  # the last argument of each operator
 
     class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            seen.append(str(func))
+            seen[str(func)] = args[-1] if args else None
             return func(*args, **(kwargs or {}))
 
     watch = Watch()  # type: ignore[no-untyped-call]
     leaves = as_leaves(draw("vector"))
-    with watch:
-        o, _ = public(*leaves)
-        o.sum().backward()  # type: ignore[no-untyped-call]
-    assert "glac.chunk_gla_fwd.default" in seen
-    assert "glac.chunk_gla_bwd.default" in seen
+    for precision in ("ieee", "tf32"):
+        seen.clear()
+        with watch:
+            o, _ = public(*leaves, precision=precision)
+            o.sum().backward()  # type: ignore[no-untyped-call]
+        assert seen["glac.chunk_gla_fwd.default"] == precision
+        assert seen["glac.chunk_gla_bwd.default"] == precision
     seen.clear()
     o, _ = public(*leaves)
     with watch:

@@ -47,7 +47,16 @@ from glac.configs import (
 from glac.errors import ConfigError
 from glac.gpus import ARCHS, GPUS, RELATIVES, gpu_by_name, match_gpu
 from glac.kernelspec import KernelSpec, config_kernels
-from glac.problem import LOWRANK_RANKS, Bucket, DType, Gate, Op, Problem, Specialisation
+from glac.problem import (
+    LOWRANK_RANKS,
+    Bucket,
+    DType,
+    Gate,
+    Op,
+    Precision,
+    Problem,
+    Specialisation,
+)
 from glac.templates import (
     OP_TEMPLATES,
     TEMPLATES,
@@ -67,6 +76,7 @@ from glac.templates import (
 def specs(draw: st.DrawFn) -> Specialisation:
     dtype = draw(st.sampled_from(list(DType)))
     gate = draw(st.sampled_from(list(Gate)))
+    forms = list(Precision) if dtype is DType.FP32 else [Precision.IEEE]
     return Specialisation(
         K=draw(st.integers(1, 256)),
         V=draw(st.integers(1, 512)),
@@ -74,6 +84,7 @@ def specs(draw: st.DrawFn) -> Specialisation:
         gate=gate,
         gate_dtype=draw(st.sampled_from([dtype, DType.FP32])),
         rank=draw(st.sampled_from(LOWRANK_RANKS)) if gate is Gate.LOWRANK else 0,
+        precision=draw(st.sampled_from(forms)),
     )
 
 
@@ -191,8 +202,9 @@ STRICT: list[tuple[Any, Any]] = [
 def test_from_dict_is_strict(case: tuple[Any, Any], data: st.DataObject) -> None:
     cls, value = case
     good = value.to_dict()
-    # A forward config without "prepare" is one from before there was any.
-    keys = [field.name for field in fields(cls) if (cls, field.name) != (ForwardConfig, "prepare")]
+    # Forward configs and specialisations are older than these keys, and usually without them.
+    optional = {(ForwardConfig, "prepare"), (Specialisation, "precision")}
+    keys = [field.name for field in fields(cls) if (cls, field.name) not in optional]
     key = data.draw(st.sampled_from(keys))
     without = {k: v for k, v in good.items() if k != key}
     with pytest.raises(ConfigError, match="missing keys"):
@@ -220,6 +232,10 @@ def test_from_dict_is_strict(case: tuple[Any, Any], data: st.DataObject) -> None
         {"gate": "lowrank", "rank": 12},
         {"gate": "lowrank"},
         {"dtype": "fp64"},
+        {"precision": "tf32"},  # beside bf16
+        {"dtype": "fp16", "gate_dtype": "fp16", "precision": "tf32"},
+        {"precision": "tf32x3"},
+        {"precision": None},
     ],
 )
 def test_impossible_specialisations(change: dict[str, Any]) -> None:
@@ -294,6 +310,38 @@ def test_combine_kernel_is_shared_by_all_inputs() -> None:
     lowrank = Specialisation(128, 128, DType.FP16, Gate.LOWRANK, DType.FP32, 64)
     one, other = (KernelSpec("gla_combine", s, config, "sm_80") for s in (SPEC, lowrank))
     assert one == other
+
+
+def test_a_precision_is_named_where_it_is_not_the_usual_one() -> None:
+    usual = Specialisation(64, 128, DType.FP32, Gate.LOWRANK, DType.FP32, 16)
+    once = replace(usual, precision=Precision.TF32)
+    assert once.slug == usual.slug + "_tf32" == "k64_v128_lowrank16_fp32_tf32"
+    assert once.to_dict() == {**usual.to_dict(), "precision": "tf32"}
+    assert "precision" not in usual.to_dict()
+    assert Specialisation.from_dict({**usual.to_dict(), "precision": "ieee"}) == usual
+    assert usual < once or once < usual
+    # Names of kernels from before there was a choice, as packs and tuned files have them.
+    one, other = (KernelSpec("gla_fwd", s, CONFIG.fwd, "sm_90a") for s in (usual, once))
+    assert one.name == "gla_fwd_k64_v128_lowrank16_fp32_c32_bv128_w8_s3_sm90a-930dfb58"
+    assert other.name.startswith("gla_fwd_k64_v128_lowrank16_fp32_tf32_c32_bv128_w8_s3_sm90a-")
+    assert one.hash8 != other.hash8
+
+
+@hypothesis.given(specs(), ALL_CONFIGS)
+def test_kernels_with_products_are_apart(spec: Specialisation, config: Config) -> None:
+    """By precision; those without products are one kernel."""
+    spec = replace(spec, dtype=DType.FP32, gate_dtype=DType.FP32, precision=Precision.IEEE)
+    once = replace(spec, precision=Precision.TF32)
+    pairs = zip(*(config_kernels(s, config, "sm_90a") for s in (spec, once)), strict=True)
+    for usual, other in pairs:
+        apart = usual.template not in ("gla_combine", "gla_decode")
+        assert (usual != other) is apart
+        if apart:
+            found = [constants(k.template, k.spec, k.config) for k in (usual, other)]
+            assert [c.pop("PRECISION") for c in found] == ["tf32x3", "tf32"]
+            assert found[0] == found[1]
+        else:
+            assert "PRECISION" not in constants(usual.template, usual.spec, usual.config)
 
 
 def test_unknown_template_or_arch() -> None:
@@ -619,6 +667,8 @@ def test_each_gate_has_its_ops(gate: Gate) -> None:
     spec = Specialisation(16, 16, DType.BF16, gate, DType.BF16, 16 * (gate is Gate.LOWRANK))
     assert Problem(spec, 1, 1, 1).ops == (Op.DECODE,)
     assert Problem(spec, 1, 2048, 1).ops == gate.passes
+    wide = replace(spec, dtype=DType.FP32, gate_dtype=DType.FP32, precision=Precision.TF32)
+    assert Problem(wide, 1, 1, 1).ops == gate.passes  # decoding has no precision
     for op in set(Op) - served:
         config = default_config(op, spec, H100, Bucket(0, 0))
         assert "has no" in str(why_illegal(spec, config, H100))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from glac import engine
 from glac.attention import chunk_gla, chunk_gla_lowrank
 from glac.errors import GlacError, InputError, InputTypeError
-from glac.problem import DType, Gate, Specialisation
+from glac.problem import DType, Gate, Precision, Specialisation
 from glac.testing import make_inputs
 from glac.validate import check_lowrank, check_vector
 
@@ -290,6 +290,36 @@ def test_what_a_good_call_is_compiled_for(dtype: torch.dtype, wide: bool) -> Non
     assert without.gate_dtype is without.dtype
 
 
+@pytest.mark.parametrize("operation", ["vector", "lowrank"])
+def test_tf32_goes_with_fp32_inputs(operation: str) -> None:
+    arguments = good(operation)
+    with pytest.raises(InputError, match=r"precision 'tf32' goes with .*float32.* torch\.float16"):
+        OPERATIONS[operation](**arguments, precision="tf32")
+    wide = {name: t.float() for name, t in arguments.items()}
+    OPERATIONS[operation](**wide, precision="tf32")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="bfloat16"):
+        OPERATIONS[operation](**wide, precision="tf32")
+
+
+def test_the_precision_is_part_of_the_problem() -> None:
+    x = make_inputs(B, T, H, K, V, dtype=FP32)
+    y = make_inputs(B, T, H, K, V, dtype=FP32, gate="lowrank", rank=R)
+    assert x.g is not None
+    assert y.x is not None
+    assert y.weight is not None
+    usual = (
+        check_vector(x.q, x.k, x.v, x.g, None),
+        check_lowrank(y.q, y.k, y.v, y.x, y.weight, None, None),
+    )
+    once = (
+        check_vector(x.q, x.k, x.v, x.g, None, None, "tf32"),
+        check_lowrank(y.q, y.k, y.v, y.x, y.weight, None, None, None, "tf32"),
+    )
+    for a, b in zip(usual, once, strict=True):
+        assert a.spec.precision is Precision.IEEE
+        assert b == replace(a, spec=replace(a.spec, precision=Precision.TF32))
+
+
 @pytest.mark.parametrize(("keys", "values"), [(1, 1), (256, 512)])
 def test_the_limits_themselves_are_fine(keys: int, values: int) -> None:
     x = make_inputs(1, 1, 1, keys, values, dtype=FP32)
@@ -306,6 +336,8 @@ def test_the_limits_themselves_are_fine(keys: int, values: int) -> None:
         ({"chunk_size": 16.0}, InputTypeError, "chunk_size must be an integer"),
         ({"chunk_size": True}, InputTypeError, "chunk_size must be an integer"),
         ({"chunk_size": 48}, InputError, "chunk_size must be a power of two"),
+        ({"precision": "fp32"}, InputError, "precision must be one of ieee, tf32, got 'fp32'"),
+        ({"precision": None}, InputError, "precision must be one of ieee, tf32, got None"),
     ],
 )
 def test_odd_scalars(arguments: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -17,7 +17,7 @@ import click
 from glac import cli
 from glac.errors import GlacError, StudyError
 from glac.gpus import GPUS, GpuSpec, gpu_by_name
-from glac.problem import LOWRANK_RANKS, DType, Gate, Op, Problem
+from glac.problem import LOWRANK_RANKS, DType, Gate, Op, Precision, Problem
 from glac.settings import load_settings
 from glac.tuned import TunedFile, available
 from glac.tuning.board import LEASE_SECONDS
@@ -61,11 +61,13 @@ def _problems(
     rank: int | None,
     dtype: str | None,
     gate_dtype: str | None,
+    precision: str | None = None,
 ) -> list[Problem] | None:
     """What the options ask for; ``None`` if they ask for nothing in particular."""
     if shapes and suite:
         raise click.UsageError("--suite and --shape exclude each other")
     given = {"--gate": gate, "--rank": rank, "--dtype": dtype, "--gate-dtype": gate_dtype}
+    given["--precision"] = precision
     if not shapes:
         alone = [name for name, value in given.items() if value is not None]
         if alone:
@@ -77,7 +79,8 @@ def _problems(
     element = DType(dtype or "bf16")
     wide = DType.FP32 if gate_dtype == "fp32" else None
     ranks = rank or (16 if kind is Gate.LOWRANK else 0)
-    return [make_problem(shape, kind, ranks, element, wide) for shape in shapes]
+    products = Precision(precision or "ieee")
+    return [make_problem(shape, kind, ranks, element, wide, products) for shape in shapes]
 
 
 def _space_data(item: Space, arch: str) -> dict[str, Any]:
@@ -204,6 +207,7 @@ def _terminated_is_interrupted() -> Iterator[None]:
 @click.option("--rank", type=click.Choice([str(r) for r in LOWRANK_RANKS]), help="[16]")
 @click.option("--dtype", type=cli.DTYPE_CHOICE, help="Of --shape [bf16].")
 @click.option("--gate-dtype", type=click.Choice(["same", "fp32"]), help="Of --shape [same].")
+@click.option("--precision", type=cli.PRECISION_CHOICE, help="Of --shape in fp32 [ieee].")
 @click.option(
     "--op",
     "op_name",
@@ -268,6 +272,7 @@ def tune_command(
     rank: str | None,
     dtype: str | None,
     gate_dtype: str | None,
+    precision: str | None,
     op_name: str,
     effort: str | None,
     trials: int | None,
@@ -308,7 +313,8 @@ def tune_command(
             raise click.UsageError(f"{name} goes with --replay")
     if replay_table is not None and (compile_dir or from_dir or gpus):
         raise click.UsageError("--replay measures nothing: no --compile-only, --from or --gpus")
-    problems = _problems(suite, shapes, gate, int(rank) if rank else None, dtype, gate_dtype)
+    ranks = int(rank) if rank else None
+    problems = _problems(suite, shapes, gate, ranks, dtype, gate_dtype, precision)
     ops = tuple(Op) if op_name == "both" else (Op(op_name),)
     level = effort or ("quick" if suite == "quick" else "standard")
     progress = Progress(quiet=no_progress or cli.terminal.verbosity < 0)

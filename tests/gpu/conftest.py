@@ -15,12 +15,12 @@ from glac import dispatch
 from glac.attention import chunk_gla, chunk_gla_lowrank
 from glac.errors import KernelNotFoundError
 from glac.pack import Pack, PackRow
-from glac.problem import Op, Problem
+from glac.problem import Op, Precision, Problem
 from glac.reference import chunk_gla as reference_chunk_gla
 from glac.reference import yardstick_chunk_gla
 from glac.testing import Inputs, make_inputs
 from glac.validate import check_lowrank, check_vector
-from tests.gpu.rows import rows_here
+from tests.gpu.rows import TF32_CEILING, rows_here
 from tests.helpers_gradients import dense_gate
 
 CEILING = {torch.bfloat16: 4e-3, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -110,14 +110,19 @@ class Packed:
         assert state is not None
         return o, state
 
-    def why_wrong(self, x: Inputs, got: tuple[Tensor, Tensor]) -> str:
+    def why_wrong(
+        self,
+        x: Inputs,
+        got: tuple[Tensor, Tensor],
+        precision: Precision = Precision.IEEE,
+    ) -> str:
         """What is wrong with a result, empty if nothing is.
 
         The error may be twice that of the same arithmetic in PyTorch, and no more than the ceiling
         of the dtype. Where tokens are few the ceiling alone decides, and is higher, because both
         errors are then a matter of luck.
         """
-        ceiling = CEILING[x.q.dtype]
+        ceiling = TF32_CEILING if precision is Precision.TF32 else CEILING[x.q.dtype]
         wanted = truth(x)
         count = x.q.shape[:3].numel()
         if count < FEW:

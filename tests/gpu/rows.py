@@ -19,7 +19,7 @@ from glac.gate import GateInput
 from glac.launch import load_from_pack
 from glac.pack import Pack, PackRow
 from glac.plan import Plan
-from glac.problem import Op, Problem
+from glac.problem import Op, Precision, Problem
 from glac.reference import chunk_gla as reference_chunk_gla
 from glac.settings import load_settings
 from glac.testing import Inputs, hard_gates, problem_inputs
@@ -36,7 +36,18 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CEILING = {BF16: 4e-3, FP16: 2e-3, FP32: 1e-5}
 GATE_CEILING = {BF16: 5e-3, FP16: 2e-3, FP32: 1e-5}
 """Of the gradients that the gate and its inputs get."""
+TF32_CEILING = 3e-3
+"""Of fp32 inputs multiplied once. Operands are cut off after 11 bits, which alone is 1e-3 to 2e-3
+(the kernels in Triton's interpreter, with such operands)."""
+TF32_STEEP = 8e-3
+"""Of dx, dweight and dbias then, as the gate's logits are such products too (likewise: 2e-3, and
+6e-3 for logits of several hundred)."""
 PLAIN = ("o", "state", "dq", "dk", "dv", "dh0")
+
+
+def in_tf32(problem: Problem) -> Problem:
+    """The same problem, its fp32 inputs multiplied once."""
+    return replace(problem, spec=replace(problem.spec, precision=Precision.TF32))
 
 
 def rows_here(op: Op, device: int = 0) -> list[tuple[Pack, PackRow]]:
@@ -129,9 +140,11 @@ def partly_hard(x: Inputs) -> Inputs:
     return replace(x, x=torch.cat((x.x[:1], 100 * x.x[1:])))
 
 
-def ceiling(name: str, x: Inputs) -> float:
+def ceiling(name: str, x: Inputs, precision: Precision = Precision.IEEE) -> float:
     """The most that a result may be wrong; more where tokens are few and luck decides."""
     limit = (CEILING if name in PLAIN else GATE_CEILING)[x.q.dtype]
+    if precision is Precision.TF32:
+        limit = TF32_CEILING if name in (*PLAIN, "dg") else TF32_STEEP
     count = x.q.shape[:3].numel()
     return limit * (1 + 4 / math.sqrt(count)) if count < FEW else limit
 
@@ -144,6 +157,7 @@ def why_wrong(
     *,
     true: tuple[Tensors, dict[str, float]] | None = None,
     measured: bool = False,
+    precision: Precision = Precision.IEEE,
 ) -> str:
     """What is wrong with results and gradients, empty if nothing is.
 
@@ -155,9 +169,10 @@ def why_wrong(
         true: what ``true_gradients`` gives for these, if that is known.
         measured: no gradient may be more than twice as wrong as the same arithmetic in PyTorch
             either.
+        precision: of the products of fp32 inputs.
     """
     errors: dict[str, float] = {}
-    limits = {name: ceiling(name, x) for name in got}
+    limits = {name: ceiling(name, x, precision) for name in got}
     gradients = {name: t for name, t in got.items() if name not in ("o", "state")}
     if gradients:
         true = true or true_gradients(x, do, dht)

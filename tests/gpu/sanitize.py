@@ -72,7 +72,8 @@ def main() -> int:
         chunk, segment = row.config.fwd.chunk, row.config.segment
         x = case(row, (segment or chunk) + chunk + 5)
         got = rows.run_forward_row(pack, row, on_device(x))
-        return [rows.why_wrong(x, {n: t.cpu() for n, t in got.items()}, x.v)]
+        results = {n: t.cpu() for n, t in got.items()}
+        return [rows.why_wrong(x, results, x.v, precision=row.spec.precision)]
 
     def run_backward(pack: Pack, row: PackRow) -> list[str]:
         assert isinstance(row.config, BackwardConfig)
@@ -83,7 +84,8 @@ def main() -> int:
         with rows.windows_of(1):
             pieces = rows.run_backward_row(pack, row, *tensors)
         results = ({n: t.cpu() for n, t in grads.items()} for grads in (whole, pieces))
-        return [rows.why_wrong(x, grads, do, dht) for grads in results]
+        precision = row.spec.precision
+        return [rows.why_wrong(x, grads, do, dht, precision=precision) for grads in results]
 
     def wanted(row: PackRow) -> bool:
         main_kernel = row.config.kernels()[row.config.main]

@@ -40,15 +40,18 @@ from tests.gpu.rows import (
     CEILING,
     FP16,
     FP32,
+    TF32_CEILING,
+    TF32_STEEP,
     Tensors,
     hard,
+    in_tf32,
     partly_hard,
     row_inputs,
     run_backward_row,
     why_wrong,
     windows_of,
 )
-from tests.helpers_gradients import CANCELLED, ends_of, true_gradients
+from tests.helpers_gradients import CANCELLED, ends_of, gradient_errors, true_gradients
 
 if TYPE_CHECKING:
     from tests.gpu.conftest import Packed
@@ -58,6 +61,7 @@ pytestmark = pytest.mark.gpu
 DIMS = [(64, 64), (128, 128), (128, 256), (256, 512)]
 EVERY_DIM = pytest.mark.parametrize("dims", DIMS, ids=str)
 EVERY_GATE = pytest.mark.parametrize("gate", ["vector", "lowrank"])
+STEEP = ("dx", "dweight", "dbias")
 LN2 = math.log(2)
 MIB = 2**20
 _empty = torch.empty
@@ -192,6 +196,36 @@ def test_fp32_inputs(packed: Packed, dims: tuple[int, int], gate: str) -> None:
         check(hard(x))
 
 
+@pytest.mark.parametrize("dims", DIMS[:2], ids=str)
+@EVERY_GATE
+@pytest.mark.parametrize("tokens", [64, 300, 1030])
+def test_fp32_inputs_in_tf32(
+    packed: Packed, dims: tuple[int, int], gate: str, tokens: int
+) -> None:
+    """Every gradient less exact than by the usual products, and within the ceiling."""
+    x = packed.draw(2, tokens, 4, *dims, dtype=FP32, gate=gate, initial_state=True, backward=True)
+    for op in (Op.FORWARD, Op.BACKWARD):
+        packed.need(in_tf32(problem_of(x)), op)
+    do, dht = ends_of(x)
+    cases = {"mild": x}
+    if x.weight is None:
+        cases |= {"resets": with_resets(x), "hard": hard(x)}
+    else:
+        cases["hard"] = replace(x, weight=64 * x.weight)
+    for kind, case in cases.items():
+        true = true_gradients(case, do, dht)
+        runs = [gradients(case, do, dht, precision=p) for p in ("ieee", "tf32", "ieee", "tf32")]
+        assert_same_bits(runs[0], runs[2])
+        assert_same_bits(runs[1], runs[3])
+        usual, once = (
+            gradient_errors({n: t for n, t in run.items() if n not in ("o", "state")}, *true)
+            for run in runs[:2]
+        )
+        for name, error in once.items():
+            limit = TF32_STEEP if kind == "hard" and name in STEEP else TF32_CEILING
+            assert usual[name] < error <= limit, f"{kind} {name}: {usual[name]:.1e}, {error:.1e}"
+
+
 @EVERY_DIM
 @EVERY_GATE
 def test_fp16_inputs(packed: Packed, dims: tuple[int, int], gate: str) -> None:
@@ -268,7 +302,8 @@ def test_every_row_of_the_packs(packed: Packed) -> None:
                         pieces = run_backward_row(pack, row, case, do, dht)
                 true = true_gradients(case, do, dht)
                 for what, grads in (("", got), (" in windows", pieces)):
-                    reason = why_wrong(case, grads, do, dht, true=true)
+                    precision = row.spec.precision
+                    reason = why_wrong(case, grads, do, dht, true=true, precision=precision)
                     if reason:
                         failures.append(f"{where}{what}: {reason}")
     assert not failures, "\n".join(failures)
@@ -302,7 +337,8 @@ def test_repeats_of_every_row_are_bit_equal(packed: Packed) -> None:
             grads = run_backward_row(pack, row, x, *ends)
             try:
                 with torch.no_grad():
-                    o, state = call(leaves_of(x), output_final_state=True)
+                    precision = row.spec.precision.value
+                    o, state = call(leaves_of(x), output_final_state=True, precision=precision)
             except KernelNotFoundError:  # a pack may have the backward op alone
                 return grads
             assert state is not None

@@ -16,6 +16,7 @@ from glac.reference import yardstick_scalar_gla, yardstick_scalar_gla_backward
 from glac.scalar import ScalarInputs
 from glac.testing import hard_gates
 from tests.gpu.conftest import Packed
+from tests.gpu.rows import TF32_CEILING
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +36,8 @@ def drawn(
     lengths: list[int] | None = None,
     seed: int = 0,
     gate_scale: float = 16.0,
+    dtype: torch.dtype = BF16,
+    precision: str = "ieee",
 ) -> ScalarInputs:
     device = packed.device
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -53,10 +56,10 @@ def drawn(
         g = torch.nn.functional.logsigmoid(randn(*shape)) / gate_scale
         if hard:
             g = hard_gates((B, T, Hs, 1), seed=seed, device=device)[..., 0]
-    q, k, v = (randn(B, T, h, D).to(BF16) for h in (Hq, Hk, Hs))
+    q, k, v = (randn(B, T, h, D).to(dtype) for h in (Hq, Hk, Hs))
     N = B if lengths is None else len(lengths)
     i = ScalarInputs(q, k, v, g, randn(N, Hs, D, D), cu)
-    problem = scalar.bucketed(scalar.check(i).problem, i)
+    problem = scalar.bucketed(scalar.check(i, precision).problem, i)
     packed.need(problem, Op.SCALAR_FORWARD)
     packed.need(problem, Op.SCALAR_BACKWARD)
     return i
@@ -71,14 +74,14 @@ def call(i: ScalarInputs, **options: Any) -> tuple[Tensor, Tensor | None]:
     return chunk_simple_gla(i.q, i.k, i.v, i.g, **options)
 
 
-def everything(i: ScalarInputs, do: Tensor, dht: Tensor) -> dict[str, Tensor]:
+def everything(i: ScalarInputs, do: Tensor, dht: Tensor, **options: Any) -> dict[str, Tensor]:
     """Results and gradients through the public operation."""
     named = {"dq": i.q, "dk": i.k, "dv": i.v, "dg": i.g, "dh0": i.initial_state}
     leaves = {n: t.detach().requires_grad_() for n, t in named.items() if t is not None}
     again = ScalarInputs(
         leaves["dq"], leaves["dk"], leaves["dv"], leaves.get("dg"), leaves["dh0"], i.cu_seqlens
     )
-    o, state = call(again, output_final_state=True)
+    o, state = call(again, output_final_state=True, **options)
     assert state is not None
     grads = torch.autograd.grad((o, state), list(leaves.values()), (do, dht))
     return {"o": o.detach(), "state": state.detach(), **dict(zip(leaves, grads, strict=True))}
@@ -88,7 +91,7 @@ def ends_of(i: ScalarInputs, seed: int = 1) -> tuple[Tensor, Tensor]:
     problem = scalar.check(i)
     generator = torch.Generator(device=i.q.device).manual_seed(seed)
     size = (*i.q.shape[:2], problem.problem.H, i.v.shape[3])
-    do = torch.randn(size, generator=generator, device=i.q.device).to(BF16)
+    do = torch.randn(size, generator=generator, device=i.q.device).to(i.q.dtype)
     assert i.initial_state is not None
     return do, torch.randn(i.initial_state.shape, generator=generator, device=i.q.device)
 
@@ -157,6 +160,25 @@ def check(i: ScalarInputs) -> None:
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 1000])
 def test_error_against_fp64(packed: Packed, D: int, gate: str, T: int) -> None:
     check(drawn(packed, 2, T, (4, 4, 4), D, gate))
+
+
+@pytest.mark.parametrize("gate", ["token", "none"])
+@pytest.mark.parametrize("T", [64, 300, 1030])
+def test_fp32_inputs_in_tf32(packed: Packed, gate: str, T: int) -> None:
+    """Everything less exact than by the usual products, and within the ceiling."""
+    for hard in (False, True) if gate == "token" else (False,):
+        i, same = (
+            drawn(packed, 2, T, (4, 4, 4), 64, gate, hard=hard, dtype=FP32, precision=p)
+            for p in ("ieee", "tf32")
+        )
+        assert torch.equal(i.q, same.q)
+        do, dht = ends_of(i)
+        true = truth(i, do, dht)
+        usual, once = (everything(i, do, dht, precision=p) for p in ("ieee", "tf32"))
+        for name, wanted in true.items():
+            errors = error(usual[name], wanted), error(once[name], wanted)
+            assert errors[0] <= 1e-5, f"{name}: {errors}"
+            assert errors[0] < errors[1] <= TF32_CEILING, f"{name}: {errors}"
 
 
 @pytest.mark.parametrize("heads", [(8, 4, 4), (8, 2, 4), (2, 4, 4), (4, 1, 4)], ids=str)

@@ -29,7 +29,7 @@ from glac.gate import GateInput
 from glac.gpus import GPUS
 from glac.kernelspec import config_kernels
 from glac.plan import Kernel, Plan
-from glac.problem import DType, Gate, Op, Problem, Specialisation
+from glac.problem import DType, Gate, Op, Precision, Problem, Specialisation
 from glac.reference import (
     lowrank_gate,
     recurrent_gla,
@@ -130,6 +130,18 @@ def test_too_large_an_error_is_wrong() -> None:
     assert outcome.status == WRONG
     assert outcome.error > 0.04
     assert "allowed" in outcome.reason
+
+
+@pytest.mark.parametrize(
+    ("precision", "error", "right"),
+    [("ieee", 2e-6, True), ("ieee", 2e-3, False), ("tf32", 2e-3, True), ("tf32", 4e-3, False)],
+)
+def test_budgets_of_fp32_inputs(precision: str, error: float, right: bool) -> None:
+    shape = (2, 96, 2, 16, 24)
+    problem = make_problem(shape, dtype=DType.FP32, precision=Precision(precision))
+    outcome = judge(only(96, lambda o: o.mul_(1 + error)), problem)
+    assert outcome.status == (OK if right else WRONG), outcome.reason
+    assert outcome.error == pytest.approx(error, rel=0.1)
 
 
 def test_one_wrong_row_in_many_is_found() -> None:
