@@ -150,26 +150,35 @@ def gates(run: Runner, fla: bool) -> None:
             run.compare("gates", kind, ways[kind], other, bench.quick_autotune)
 
 
+def boundaries(tokens: int, sequences: int, kind: str) -> Tensor:
+    """``[sequences + 1]`` in int32: lengths uniform to twice the mean, or between random cuts."""
+    generator = torch.Generator().manual_seed(1)
+    if kind == "uniform":
+        weights = torch.rand(sequences, generator=generator)
+        ends = (weights.cumsum(0) / weights.sum() * tokens).round().int()
+    else:
+        cuts = torch.randperm(tokens - 1, generator=generator)[: sequences - 1] + 1
+        ends = torch.cat((cuts.sort()[0], torch.tensor([tokens]))).int()
+    return torch.cat((torch.zeros(1, dtype=torch.int32), ends)).cuda()
+
+
 def packed(run: Runner) -> None:
-    tokens, sequences, H = 32768, 16, 8
-    cuts = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(1))[: sequences - 1]
-    bounds = torch.tensor([0, *sorted(int(c) + 1 for c in cuts), tokens], dtype=torch.int32)
-    cu = bounds.cuda()
-    for width in (64, 128):
-        shape = (1, tokens, H, width)
+    tokens, sequences, width = 32768, 16, 128
+    for heads in (8, 32):
+        shape = (1, tokens, heads, width)
         x = (run.draw(*shape), run.draw(*shape), run.draw(*shape), run.gate(*shape))
-        y = tuple(t.view(sequences, tokens // sequences, H, width) for t in x)
-        packed = ("packed", lambda *t: chunk_gla(*t, cu_seqlens=cu)[0], x)
-        equal = ("equal lengths", lambda *t: chunk_gla(*t)[0], y)
-        run.compare("packed", f"{tokens} tokens, {H} heads of {width}", packed, equal)
-        gate = run.gate(1, tokens, H)
-        packed = ("packed", lambda *t: chunk_simple_gla(*t, cu_seqlens=cu)[0], (*x[:3], gate))
-        equal = (
-            "equal lengths",
-            lambda *t: chunk_simple_gla(*t)[0],
-            (*y[:3], gate.view(16, -1, H)),
-        )
-        run.compare("packed", f"scalar gate, heads of {width}", packed, equal)
+        s = (*x[:3], run.gate(1, tokens, heads))
+        batch = (sequences, tokens // sequences)
+        for name, call, t in (("vector", chunk_gla, x), ("scalar", chunk_simple_gla, s)):
+            equal = tuple(each.view(*batch, *each.shape[2:]) for each in t)
+            for kind in ("uniform", "cuts"):
+                cu = boundaries(tokens, sequences, kind)
+                run.compare(
+                    "packed",
+                    f"{name} gate, {heads} heads, {kind}",
+                    ("packed", lambda *t, f=call, cu=cu: f(*t, cu_seqlens=cu)[0], t),
+                    ("equal lengths", lambda *t, f=call: f(*t)[0], equal),
+                )
 
 
 def grouped(run: Runner) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from glac import preload, stats
-from glac.attention import chunk_gla, chunk_gla_lowrank
+from glac.attention import chunk_gla, chunk_gla_lowrank, recurrent_gla
 
 CALLS, BATCHES = 100, 30
 
@@ -91,6 +91,14 @@ def main() -> None:
         results["forward"] = host_us(dense)
         results["forward with states"] = host_us(both)
         results["forward, low-rank gate"] = host_us(lowrank)
+        token = [t[:, :1].contiguous() for t in (q, k, v, g)]
+        results["decoding in place"] = host_us(
+            lambda: recurrent_gla(*token, initial_state=state, inplace=True)
+        )
+        slots = torch.zeros(B, dtype=torch.int64, device="cuda")
+        results["decoding in a pool"] = host_us(
+            lambda: recurrent_gla(*token, initial_state=state, state_indices=slots, inplace=True)
+        )
         # Any option that the short way does not take; chunk_size changes nothing for kernels.
         results["forward, long way"] = host_us(lambda: chunk_gla(q, k, v, g, chunk_size=64))
         graph = torch.cuda.CUDAGraph()

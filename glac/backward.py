@@ -28,6 +28,7 @@ from glac.gate import GateInput, Gradients
 from glac.plan import Plan, gate_arguments, segment_states, segments_of, strides
 from glac.problem import Problem
 from glac.record import dataclass
+from glac.settings import scratch_bytes
 from glac.templates import state_dtype, stride_unit, tiles
 
 if TYPE_CHECKING:
@@ -35,10 +36,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FREE_STATES = 80 << 20
-"""Bytes of chunk states that are kept all at once."""
 WINDOWS = 3
-"""Beyond that the sequence falls into so many windows, and one window's states are kept.
+"""Where states of all chunks are more than ``scratch_bytes``, one of so many windows' are kept.
 
 At 16,2048,8,128,128 that is 88 MiB instead of 256, for 631 us instead of 534 on an H200: all
 windows but the last are walked through twice for their states, and each launch has its start.
@@ -71,7 +70,7 @@ def windows(problem: Problem, config: BackwardConfig) -> tuple[int, int]:
     """How many windows a backward pass takes, and the tokens of each but the last."""
     kept = math.ceil(problem.T / config.grads.chunk) * _state_bytes(problem)
     steps = math.ceil(problem.T / config.chunk_step)
-    count = 1 if kept <= FREE_STATES else min(WINDOWS, steps)
+    count = 1 if kept <= scratch_bytes() else min(WINDOWS, steps)
     length = config.chunk_step * math.ceil(steps / count)
     return math.ceil(problem.T / length), length
 
@@ -100,7 +99,7 @@ def cut(problem: Problem, config: BackwardConfig) -> Cut:
     spec, grads = problem.spec, config.grads
     per_segment = _state_bytes(problem) * math.ceil(length / grads.chunk)
     per_launch = tiles("gla_bwd", spec, grads) * problem.B * problem.H
-    at_once = max(FREE_STATES // per_segment, math.ceil(PROGRAMS / per_launch))
+    at_once = max(scratch_bytes() // per_segment, math.ceil(PROGRAMS / per_launch))
     launches = math.ceil(segments / at_once)
     return Cut(segments, length, math.ceil(segments / launches), False)
 

@@ -7,12 +7,12 @@ A bound call ends in the same launches as the long way, because binding runs ``r
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from glac import decode, dispatch, engine
+from glac import dispatch, engine
 from glac.backward import run_backward
 from glac.configs import DecodeConfig
 from glac.fast import NEVER, Bound, bound
@@ -24,6 +24,9 @@ from glac.layouts import contiguous, laid_out, laid_out_inputs
 from glac.plan import Plan
 from glac.problem import Op, Problem
 from glac.templates import stride_unit
+
+if TYPE_CHECKING:
+    from glac import decode
 
 LIMIT = 4096
 """Calls that are remembered; then all are forgotten, since lengths may never come back."""
@@ -152,6 +155,8 @@ def bind_decode(
     numbers: tuple[float, ...],
 ) -> None:
     """Remember a call of ``glac.decode.execute`` that went well by ``plan``."""
+    from glac import decode  # which the first call of the other operations does without
+
     given = i.all
     if not _bindable(plan, given):
         return

@@ -29,7 +29,7 @@ from glac.errors import CompileError, ConfigError, GlacError, PackError
 from glac.gpus import GPUS, RELATIVES, GpuSpec, gpu_by_name
 from glac.kernelspec import KernelSpec, config_kernels
 from glac.pack import Pack, PackRow, read_pack, same_rows, write_pack
-from glac.problem import Bucket, DType, Gate, Op, Problem, Specialisation
+from glac.problem import Bucket, DType, Gate, Op, Precision, Problem, Specialisation
 from glac.templates import templates_sha256
 from glac.tuned import TunedFile, available, effective_rows, user_files
 
@@ -204,13 +204,17 @@ def _planned_of(
 
 def _rows_of(gpu: GpuSpec, op: Op, folder: Path | None) -> tuple[list[_Wanted], list[TunedFile]]:
     own = _tuned_files(gpu.name, folder)
-    tuned = list(_tuned_rows(gpu, op, own))
-    if tuned:
-        return tuned, [file for file in own if any(row.op is op for row in file.rows)]
-    kin = RELATIVES.get(gpu.name, ())
-    relatives = [file for name in kin for file in _tuned_files(name, folder)]
-    borrowed = list(_borrowed_rows(gpu, op, relatives))
-    return borrowed or list(_default_rows(gpu, op)), relatives
+    rows = list(_tuned_rows(gpu, op, own))
+    files = [file for file in own if any(row.op is op for row in file.rows)]
+    if not rows:
+        kin = RELATIVES.get(gpu.name, ())
+        files = [file for name in kin for file in _tuned_files(name, folder)]
+        rows = list(_borrowed_rows(gpu, op, files))
+    if not rows or folder is None:
+        # What came with glac must serve the standard problems, whichever of them are tuned.
+        known = {row.problem.spec for row in rows}
+        rows += [row for row in _default_rows(gpu, op) if row.problem.spec not in known]
+    return rows, files
 
 
 def _of_dtype(dtype: DType, row: _Wanted) -> _Wanted:
@@ -232,7 +236,9 @@ def _planned(
         if dtypes is not None:
             chosen = [row for row in of_op if row.problem.spec.dtype in dtypes]
             for dtype in dtypes:
-                if not any(row.problem.spec.dtype is dtype for row in chosen):
+                # Rows in TF32 serve no call but those that ask for it.
+                plain = (row.problem.spec for row in chosen)
+                if not any((s.dtype, s.precision) == (dtype, Precision.IEEE) for s in plain):
                     chosen += [_of_dtype(dtype, row) for row in _default_rows(gpu, op)]
             of_op = list(dict.fromkeys(chosen))  # wide gates and others may now be the same
         rows += of_op

@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -25,9 +25,11 @@ from glac.configs import (
     Config,
     DecodeConfig,
     ForwardConfig,
+    KernelConfig,
     ScalarBackwardConfig,
     ScalarForwardConfig,
     default_config,
+    packed_segment,
     suitable_segment,
     suited,
     why_illegal,
@@ -35,6 +37,7 @@ from glac.configs import (
 from glac.errors import GlacError, KernelNotFoundError, PackError
 from glac.fit import Device, check_fit, row_fits, runs_on
 from glac.gpus import ARCHS, GPUS, RELATIVES, GpuSpec, match_gpu
+from glac.kernelspec import KernelSpec
 from glac.pack import Pack, PackRow, open_pack, read_pack
 from glac.plan import Kernel, Plan
 from glac.problem import Bucket, Op, Problem, Specialisation
@@ -93,8 +96,8 @@ class Stats:
 
 _lock = threading.RLock()
 _stats = Stats()
-# By op, specialisation, bucket and device: lengths of one bucket share an entry.
-_served: dict[tuple[Op, Specialisation, Bucket, int], tuple[Decision, Kernels | None]] = {}
+# By op, specialisation, bucket, whether packed, and device: lengths of one bucket share an entry.
+_served: dict[tuple[Op, Specialisation, Bucket, bool, int], tuple[Decision, Kernels | None]] = {}
 
 
 def _after_fork() -> None:
@@ -102,6 +105,7 @@ def _after_fork() -> None:
     global _lock
     _lock = threading.RLock()
     _served.clear()
+    pack_kernel.cache_clear()
     _forget_bound()
 
 
@@ -139,6 +143,7 @@ def clear() -> None:
         _stats.decisions.clear()
         _stats.compiled = 0
         installed_packs.cache_clear()
+        pack_kernel.cache_clear()
 
 
 def pack_roots(settings: Settings) -> list[Path]:
@@ -218,11 +223,36 @@ def family_of(gpu: GpuSpec) -> tuple[str, ...]:
     return tuple(spec.name for spec in able)
 
 
-def _suited(row: PackRow, gpu: GpuSpec, bucket: Bucket) -> Config:
+def _suited(row: PackRow, gpu: GpuSpec, problem: Problem) -> Config:
     """The row's config; in another bucket than its own with the segments that suit it there."""
-    if row.bucket == bucket:
+    if problem.packed or row.bucket == problem.bucket:
         return row.config
-    return suited(row.config, row.spec, bucket, gpu)
+    return suited(row.config, row.spec, problem.bucket, gpu)
+
+
+def _cut_anyhow(
+    row: PackRow, others: Iterable[PackRow], problem: Problem, gpu: GpuSpec
+) -> PackRow:
+    """``row`` for a packed batch: one sequence may be as long as all others together.
+
+    A forward row that lacks the kernels to cut sequences borrows those of another row.
+    """
+    config = row.config
+    if not isinstance(config, ForwardConfig | BackwardConfig):
+        return row
+    if config.segment and row.bucket == problem.bucket:
+        return row
+    segment = packed_segment(config, row.spec, problem.bucket, gpu)
+    if isinstance(config, BackwardConfig) or config.summary is not None:
+        return replace(row, config=replace(config, segment=segment))
+    for other in sorted(others, key=lambda r: _nearness(r.bucket, row.bucket)):
+        lender = other.config
+        if not isinstance(lender, ForwardConfig) or lender.prepare or config.prepare:
+            continue
+        cut = replace(config, segment=segment, summary=lender.summary)
+        if lender.summary and why_illegal(row.spec, cut, gpu) is None:
+            return replace(row, config=cut, kernels={**other.kernels, **row.kernels})
+    return row
 
 
 def _idles(row: PackRow, gpu: GpuSpec, bucket: Bucket) -> bool:
@@ -270,7 +300,7 @@ def _from_packs(
         ]
         row = best_row(fitting, problem, gpu, op)
         if row is not None:
-            return pack, row
+            return pack, _cut_anyhow(row, fitting, problem, gpu) if problem.packed else row
         reason = f"no {op.value} row for {problem.spec.slug}"
         if hits:
             reason += f" within {gpu.shared_per_block} bytes of shared memory"
@@ -282,9 +312,9 @@ def _pack_decision(
     pack: Pack, row: PackRow, problem: Problem, gpu: GpuSpec, tried: list[str]
 ) -> Decision:
     b, want = row.bucket, problem.bucket
-    config = _suited(row, gpu, want)
+    config = _suited(row, gpu, problem)
     exact = "its bucket" if b == want else f"nearest bucket (2^{b.bh} heads, 2^{b.t} tokens)"
-    if config != row.config:
+    if config != row.config or problem.packed:
         segment = getattr(config, "segment", 0)
         exact += f", in segments of {segment} tokens" if segment else ", not cut"
     return _row_decision(
@@ -429,6 +459,27 @@ def _load(pack: Pack, row: PackRow, device: int) -> Kernels:
     return {name: load_from_pack(pack, kernel, device) for name, kernel in row.kernels.items()}
 
 
+@functools.lru_cache(maxsize=256)
+def pack_kernel(
+    template: str, spec: Specialisation, config: KernelConfig, device: int
+) -> Kernel | None:
+    """One kernel from whichever pack has it, whatever its rows; ``None`` if none does."""
+    gpu = device_gpu(device)[0]
+    if gpu is None:
+        return None
+    from glac.launch import load_from_pack
+
+    name = KernelSpec(template, spec, config, gpu.arch).name
+    for pack in installed_packs(load_settings(), gpu.arch)[0]:
+        try:
+            if name in pack.kernels:
+                check_fit(pack, [name], device_facts(device))
+                return load_from_pack(pack, name, device)
+        except PackError as error:
+            log.warning("glac: pack %s refused: %s", pack.path, error)
+    return None
+
+
 @functools.cache
 def device_gpu(device: int) -> tuple[GpuSpec | None, str]:
     """The GpuSpec that serves a CUDA device, and a line about it.
@@ -549,7 +600,7 @@ def resolve(
     Raises:
         KernelNotFoundError: ``GLAC_REQUIRE_AOT=1`` and no pack has a kernel.
     """
-    key = (op, problem.spec, problem.bucket, device)
+    key = (op, problem.spec, problem.bucket, problem.packed > 0, device)
     found = _served.get(key)
     if found is None:
         with _lock:

@@ -34,6 +34,7 @@ from glac.validate import (
     check_boundaries,
     check_cu,
     check_gate_values,
+    check_precision,
     check_sizes,
     check_state,
     same_device,
@@ -88,11 +89,11 @@ class ScalarProblem:
         return self.problem.H // self.groups.s
 
 
-def check(i: ScalarInputs) -> ScalarProblem:
-    """Validate the tensors of a call.
+def check(i: ScalarInputs, precision: str = "ieee") -> ScalarProblem:
+    """Validate the tensors of a call, and the precision of its products.
 
     Raises:
-        InputError: a shape is wrong.
+        InputError: a shape is wrong, or the precision.
         InputTypeError: a dtype or device is wrong.
     """
     for name, tensor in (("q", i.q), ("k", i.k), ("v", i.v)):
@@ -130,7 +131,8 @@ def check(i: ScalarInputs) -> ScalarProblem:
     state = i.initial_state
     check_state(state, (i.sequences, Hs, K, V))
     same_device(i.q, k=i.k, v=i.v, g=i.g, initial_state=state, cu_seqlens=cu)
-    spec = Specialisation(K, V, DTYPES[i.q.dtype], Gate.SCALAR, gate_dtype)
+    products = check_precision(precision, i.q.dtype)
+    spec = Specialisation(K, V, DTYPES[i.q.dtype], Gate.SCALAR, gate_dtype, 0, products)
     return ScalarProblem(Problem(spec, B, T, max(Hq, Hs)), groups)
 
 
@@ -211,6 +213,58 @@ def _grouped(grad: Tensor, group: int) -> Tensor:
     return grad if group == 1 else torch.unflatten(grad, 2, (-1, group)).sum(3)
 
 
+def _backward_strides(i: ScalarInputs, do: Tensor) -> tuple[int, ...]:
+    unit_k, unit_v = stride_unit(i.q.shape[3]), stride_unit(i.v.shape[3])
+    return (
+        *(*strides(i.q, unit_k), *strides(i.k, unit_k), *strides(i.v, unit_v)),
+        *(*strides(do, unit_v), *_gate_strides(i.g)),
+    )
+
+
+def run_states(
+    plan: Plan[ScalarBackwardConfig],
+    groups: HeadGroups,
+    i: ScalarInputs,
+    scale: float,
+    do: Tensor,
+    dht: Tensor | None,
+    *,
+    want_dh0: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The first launch of a backward pass.
+
+    Returns:
+        The states before every chunk and their gradients behind it, ``[H, slots, K, V]``; the
+        gradient of the initial state, ``[N, Hs, K, V]`` in fp32, or None.
+    """
+    config, spec, H, N = plan.config, plan.problem.spec, plan.problem.H, i.sequences
+    T, K, V, chunk = i.q.shape[1], spec.K, spec.V, plan.config.grads.chunk
+    slots = N * math.ceil(T / chunk) if i.cu_seqlens is None else T // chunk + N
+    kept = TORCH_DTYPES[state_dtype(spec)]
+    states, dstates = (
+        torch.empty((H, slots, K, V), dtype=kept, device=i.q.device) for _ in range(2)
+    )
+    dh0 = None
+    if want_dh0:
+        dh0 = torch.empty((N, H, K, V), dtype=torch.float32, device=i.q.device)
+    packed, gated = int(i.cu_seqlens is not None), int(i.g is not None)
+    flags = (int(i.initial_state is not None), int(dht is not None), int(want_dh0))
+    plan.kernels["scalar_bwd_states"].run(
+        (
+            *(i.q, i.k, i.v, i.g, do, i.cu_seqlens),
+            *(i.initial_state, dht, states, dstates, dh0),
+        ),
+        (
+            *(scale, T, H, slots, *groups.arguments, packed, gated, *flags),
+            *_backward_strides(i, do),
+        ),
+        tiles("scalar_bwd_states", spec, config.states) * N * H,
+    )
+    if dh0 is not None and groups.s > 1:
+        dh0 = torch.unflatten(dh0, 1, (-1, groups.s)).sum(2)
+    return states, dstates, dh0
+
+
 def run_backward(
     plan: Plan[ScalarBackwardConfig],
     groups: HeadGroups,
@@ -223,33 +277,20 @@ def run_backward(
     want_dh0: bool,
 ) -> Gradients:
     """Launch a backward pass. Inputs are validated and laid out as the kernels want them."""
-    config, spec, H, N = plan.config, plan.problem.spec, plan.problem.H, i.sequences
+    spec, H, N = plan.problem.spec, plan.problem.H, i.sequences
     B, T, _, K = i.q.shape
-    V, chunk = spec.V, config.grads.chunk
-    slots = N * math.ceil(T / chunk) if i.cu_seqlens is None else T // chunk + N
+    states, dstates, dh0 = run_states(plan, groups, i, scale, do, dht, want_dh0=want_dh0)
+    slots = states.shape[1]
 
     def new(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=i.q.device)
 
-    kept = TORCH_DTYPES[state_dtype(spec)]
-    states, dstates = new(H, slots, K, V, dtype=kept), new(H, slots, K, V, dtype=kept)
-    dh0 = new(N, H, K, V) if want_dh0 else None
     dg = new(B, T, H) if want_dg else None
     dq, dk = new(B, T, H, K, dtype=i.q.dtype), new(B, T, H, K, dtype=i.q.dtype)
-    dv = new(B, T, H, V, dtype=i.q.dtype)
-    unit_k, unit_v = stride_unit(K), stride_unit(V)
-    laid = (
-        *(*strides(i.q, unit_k), *strides(i.k, unit_k), *strides(i.v, unit_v)),
-        *(*strides(do, unit_v), *_gate_strides(i.g)),
-    )
+    dv = new(B, T, H, spec.V, dtype=i.q.dtype)
     packed, gated = int(i.cu_seqlens is not None), int(i.g is not None)
     inputs = (i.q, i.k, i.v, i.g, do, i.cu_seqlens)
-    flags = (int(i.initial_state is not None), int(dht is not None), int(want_dh0))
-    plan.kernels["scalar_bwd_states"].run(
-        (*inputs, i.initial_state, dht, states, dstates, dh0),
-        (scale, T, H, slots, *groups.arguments, packed, gated, *flags, *laid),
-        tiles("scalar_bwd_states", spec, config.states) * N * H,
-    )
+    laid = _backward_strides(i, do)
     plan.kernels["scalar_bwd"].run(
         (*inputs, states, dstates, dq, dk, dv, dg),
         (scale, T, H, N, slots, *groups.arguments, packed, gated, int(want_dg), *laid),
@@ -258,8 +299,6 @@ def run_backward(
     d_gate = None
     if dg is not None:
         d_gate = _grouped(dg, groups.s)
-    if dh0 is not None and groups.s > 1:
-        dh0 = torch.unflatten(dh0, 1, (-1, groups.s)).sum(2)
     return (
         _grouped(dq, groups.q),
         _grouped(dk, groups.k),
@@ -428,7 +467,13 @@ def bucketed(problem: Problem, i: ScalarInputs) -> Problem:
     return replace(problem, B=i.sequences, T=max(1, problem.T // i.sequences))
 
 
-def forward(i: ScalarInputs, scale: float, output_final_state: bool, chunk_size: int) -> Result:
+def forward(
+    i: ScalarInputs,
+    scale: float,
+    output_final_state: bool,
+    chunk_size: int,
+    precision: str = "ieee",
+) -> Result:
     """The forward pass, from checks to results.
 
     Args:
@@ -436,6 +481,7 @@ def forward(i: ScalarInputs, scale: float, output_final_state: bool, chunk_size:
         scale: factor on the queries.
         output_final_state: whether to return the state after the last token.
         chunk_size: tokens per chunk of the PyTorch form.
+        precision: of the kernels' products, as for ``glac.attention.chunk_gla``.
 
     Returns:
         ``o [B, T, max(Hq, Hs), V]`` in the input dtype; the final state ``[N, Hs, K, V]`` in fp32,
@@ -445,7 +491,7 @@ def forward(i: ScalarInputs, scale: float, output_final_state: bool, chunk_size:
         InputError, InputTypeError: the call is wrong.
         KernelNotFoundError: ``GLAC_REQUIRE_AOT=1`` and no pack serves it.
     """
-    checked = check(i)
+    checked = check(i, precision)
     if checked_mode():
         check_values(i)
     problem, plan = checked.problem, None
@@ -454,12 +500,14 @@ def forward(i: ScalarInputs, scale: float, output_final_state: bool, chunk_size:
         plan = dispatch.resolve(resolved, i.q.device.index, Op.SCALAR_FORWARD)[1]
     if plan is None:
         return torch_forward(checked, i, scale, output_final_state, chunk_size)
+    from glac import scalar_segments
+
     i = _laid_out(i)
-    arguments = (plan, checked.groups, i, scale, output_final_state)
-    if torch.cuda.current_device() == i.q.device.index:
-        return run_forward(*arguments)
     with torch.cuda.device(i.q.device):
-        return run_forward(*arguments)
+        cut = scalar_segments.cut(plan, checked, i, i.q.device.index)
+        if cut is not None:
+            return cut.forward(scale, output_final_state)
+        return run_forward(plan, checked.groups, i, scale, output_final_state)
 
 
 def backward(
@@ -468,6 +516,7 @@ def backward(
     do: Tensor,
     dht: Tensor | None,
     chunk_size: int,
+    precision: str = "ieee",
     *,
     want_dg: bool,
     want_dh0: bool,
@@ -475,11 +524,12 @@ def backward(
     """The backward pass, from the inputs of ``forward`` and the gradients of its results.
 
     Args:
-        i: as for ``forward``, like scale and chunk_size.
+        i: as for ``forward``, like scale, chunk_size and precision.
         scale: factor on the queries.
         do: gradient of ``o``.
         dht: gradient of the final state in fp32, or None for zeros.
         chunk_size: tokens per chunk of the PyTorch form.
+        precision: of the kernels' products.
         want_dg: whether to return the gate's gradient, in the gate's shape and dtype.
         want_dh0: whether to return the gradient of the initial state, in fp32.
 
@@ -489,7 +539,7 @@ def backward(
     Raises:
         KernelNotFoundError: ``GLAC_REQUIRE_AOT=1`` and no pack has a backward kernel.
     """
-    checked = check(i)
+    checked = check(i, precision)
     problem, plan = checked.problem, None
     if _launchable(problem, i):
         resolved = bucketed(problem, i)
@@ -499,12 +549,19 @@ def backward(
             checked, i, scale, do, dht, chunk_size, want_dg=want_dg, want_dh0=want_dh0
         )
     else:
+        from glac import scalar_segments
+
         i = _laid_out(i)
         do, dht = laid_out(do, stride_unit(problem.spec.V)), contiguous(dht)
+        wanted = {"want_dg": want_dg, "want_dh0": want_dh0}
+        index = i.q.device.index
         with torch.cuda.device(i.q.device):
-            grads = run_backward(
-                plan, checked.groups, i, scale, do, dht, want_dg=want_dg, want_dh0=want_dh0
-            )
+            forwards = dispatch.resolve(resolved, index, Op.SCALAR_FORWARD)[1]
+            cut = scalar_segments.cut(forwards, checked, i, index)
+            if cut is not None:
+                grads = cut.backward(plan, scale, do, dht, **wanted)
+            else:
+                grads = run_backward(plan, checked.groups, i, scale, do, dht, **wanted)
     dq, dk, dv, dg, dh0 = grads
     if dg is not None and i.g is not None:
         dg = dg.sum((0, 1)) if i.g.dim() == 1 else dg

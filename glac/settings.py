@@ -7,6 +7,7 @@
 | GLAC_CACHE_DIR   | where ``glac build`` and build-on-miss put packs                | user cache |
 | GLAC_CONFIG_PATH | folders with tuned files that count before those that came      | ~/.config  |
 | GLAC_CHECKED     | 1: check gate values on every call (synchronises the device)    | 0          |
+| GLAC_SCRATCH_MIB | memory for states that the backward pass keeps at a time        | 80         |
 """
 
 from __future__ import annotations
@@ -60,6 +61,23 @@ def checked_mode() -> bool:
 def require_aot() -> bool:
     """Whether ``GLAC_REQUIRE_AOT`` is on. Read by every call whose gradients are wanted."""
     return _REQUIRE_AOT in _present and _flag("GLAC_REQUIRE_AOT")
+
+
+def scratch_bytes() -> int:
+    """``GLAC_SCRATCH_MIB`` in bytes: of states that a backward pass keeps all at once.
+
+    Raises:
+        ConfigError: it is no whole number of at least 0.
+    """
+    raw = os.environ.get("GLAC_SCRATCH_MIB", "").strip()
+    if not raw:
+        return 80 << 20
+    if not (raw.isascii() and raw.isdigit()) or len(raw) > 9:
+        raise ConfigError(
+            f"GLAC_SCRATCH_MIB must be a whole number of MiB, got {raw!r}",
+            hint="export GLAC_SCRATCH_MIB=80, or unset it",
+        )
+    return int(raw) << 20
 
 
 @dataclass(frozen=True)

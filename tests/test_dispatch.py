@@ -22,13 +22,14 @@ from glac.configs import (
     ForwardConfig,
     default_backward,
     default_forward,
+    packed_segment,
     suitable_segment,
     why_illegal,
 )
 from glac.errors import ConfigError, KernelNotFoundError
 from glac.gpus import GPUS, GpuSpec
 from glac.pack import Pack, PackRow
-from glac.problem import Bucket, DType, Gate, Op, Problem, Specialisation
+from glac.problem import Bucket, DType, Gate, Op, Precision, Problem, Specialisation
 from glac.settings import Settings, load_settings, shipped_pack_dir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +111,22 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
 )
 def test_best_row(rows: list[PackRow], best: int) -> None:
     assert dispatch.best_row(rows, PROBLEM, H100) is rows[best]
+
+
+def test_a_precision_has_rows_of_its_own(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = replace(SPEC, dtype=DType.FP32, gate_dtype=DType.FP32)
+    once = replace(usual, precision=Precision.TF32)
+    far, near = row(15, 20, spec=once, source="heuristic"), row(spec=usual)
+    for spec, wanted in ((usual, near), (once, far)):
+        problem = replace(PROBLEM, spec=spec)
+        assert dispatch.best_row([far, near], problem, H100) is wanted
+    monkeypatch.setenv("GLAC_REQUIRE_AOT", "1")
+    install(pack("usual", near), pack("once", far))
+    assert dispatch.decide(replace(PROBLEM, spec=usual), H100).path == "usual"
+    assert dispatch.decide(replace(PROBLEM, spec=once), H100).path == "once"
+    install(pack("usual", near))
+    with pytest.raises(KernelNotFoundError, match="k64_v64_vector_fp32_tf32"):
+        dispatch.decide(replace(PROBLEM, spec=once), H100)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +219,55 @@ def test_sequences_are_cut_where_heads_are_few(
     assert ("segments of" in decision.reason) == (segment not in (0, CUT.segment))
 
 
+@pytest.mark.parametrize(
+    ("heads", "sequences", "tokens", "segment"),
+    [
+        (8, 16, 32768, 4096),  # twice the mean
+        (64, 16, 32768, 16384),  # what each SM has to do
+        (8, 16, 1000, 128),
+        (4, 1, 32768, CUT.segment),  # as the row of its bucket
+        (2, 1, 32768, 512),  # as one sequence of a dense batch
+    ],
+)
+def test_packed_batches_are_cut(
+    install: Any, heads: int, sequences: int, tokens: int, segment: int
+) -> None:
+    install(pack("p", row(7, 11, config=WHOLE), row(2, 15, source="heuristic", config=CUT)))
+    problem = Problem(SPEC, 1, tokens, heads, packed=sequences)
+    decision = dispatch.decide(problem, H100)
+    assert isinstance(decision.config, ForwardConfig)
+    # The kernel that walks is that of the nearest row, those that cut come from another one.
+    assert decision.config.fwd == (CUT.fwd if sequences == 1 else WHOLE.fwd)
+    assert decision.config.summary == CUT.summary
+    assert decision.config.segment == segment
+    needed = PackRow.make("h100", "tuned", "", SPEC, Bucket(0, 0), decision.config).kernels
+    assert needed.items() <= decision.kernels.items()
+    assert f"segments of {segment}" in decision.reason
+
+
+def test_packed_batches_where_nothing_can_cut(install: Any) -> None:
+    install(pack("p", row(7, 11, config=WHOLE)))
+    decision = dispatch.decide(Problem(SPEC, 1, 32768, 8, packed=16), H100)
+    assert decision.config == WHOLE
+    assert "not cut" in decision.reason
+
+
+@settings(max_examples=200)
+@given(
+    sequences=st.integers(1, 4096),
+    heads=st.integers(1, 128),
+    tokens=st.integers(1, 1 << 40),
+    gpu=st.sampled_from(list(GPUS.values())),
+)
+def test_segments_of_packed_batches(sequences: int, heads: int, tokens: int, gpu: GpuSpec) -> None:
+    bucket = Problem(SPEC, 1, tokens, heads, packed=sequences).bucket
+    forward, backward = default_forward(SPEC, gpu, bucket), default_backward(SPEC, gpu, bucket)
+    for config in (replace(forward, summary=forward.summary or forward.fwd), backward):
+        segment = packed_segment(config, SPEC, bucket, gpu)
+        assert why_illegal(SPEC, replace(config, segment=segment), gpu) is None
+        assert segment < 2**31
+
+
 def test_a_row_that_cuts_serves_whole_sequences_too(install: Any) -> None:
     install(pack("p", row(2, 15, config=CUT)))
     decision = dispatch.decide(Problem(SPEC, 16, 2048, 16), H100)
@@ -230,7 +296,8 @@ def test_segments_that_suit(k: int, v: int, bh: int, t: int, gpu: GpuSpec, dtype
             # Not more programs than two for each SM, or what rounding makes of it.
             assert programs * 2**t / config.segment <= 3 * gpu.sm_count
         elif 2**t >= 2**17:
-            assert programs * 2 > gpu.sm_count
+            # Fewer than four segments of a power of two of tokens would fill the GPU.
+            assert programs * 6 > gpu.sm_count
 
 
 def test_a_backward_row_is_cut_as_the_problem_wants(install: Any) -> None:

@@ -180,6 +180,23 @@ def run(launches: Launches, call: Any, *tensors: Tensor | None) -> tuple[Any, li
 
 
 @pytest.mark.parametrize("lowrank", [False, True])
+def test_another_precision_goes_the_long_way(
+    launches: Launches, configs: str, lowrank: bool
+) -> None:
+    function = chunk_gla_lowrank if lowrank else chunk_gla
+    x = [t.float().requires_grad_() for t in inputs(lowrank)]
+    for turn in range(2):  # the second time the usual calls are remembered
+        for precision in ("ieee", "tf32"):
+            launches.seen.clear()
+            o, _ = function(*x, precision=precision)
+            torch.autograd.grad(o.sum(), x)
+            names = [name for name, _, _ in launches.seen if "gla_combine" not in name]
+            assert len(names) > 1
+            assert all(("_tf32_" in name) == (precision == "tf32") for name in names)
+            assert len(fast.bound) == 2, turn
+
+
+@pytest.mark.parametrize("lowrank", [False, True])
 @pytest.mark.parametrize("states", [False, True])
 def test_forward(launches: Launches, configs: str, lowrank: bool, states: bool) -> None:
     function = chunk_gla_lowrank if lowrank else chunk_gla
@@ -293,14 +310,16 @@ def test_decoding(
 
 @pytest.mark.parametrize("configs", ["whole"], indirect=True)
 def test_decoding_what_lies_elsewhere_or_otherwise(launches: Launches, configs: str) -> None:
-    x = tuple(t[:, :2].contiguous() for t in inputs())
+    q, k, v, g = (t[:, :2].contiguous() for t in inputs())
     gates = torch.zeros(B * 2 * H + 1)
-    _, wanted = run(launches, lambda: recurrent_gla(*x[:3], gates[:-1].view(B, 2, H)), *x, gates)
-    _, got = run(launches, lambda: recurrent_gla(*x[:3], gates[1:].view(B, 2, H)), *x, gates[1:])
-    assert got == wanted  # not aligned: the long way, in which such a gate is fine
+    seen = []
+    for gate in (gates[:-1], gates[1:]):
+        given = (q, k, v, gate.view(B, 2, H))
+        seen.append(run(launches, lambda x=given: recurrent_gla(*x), *given)[1])
+    assert seen[0] == seen[1]  # not aligned: the long way, in which such a gate is fine
     dispatch.clear()
-    turned = x[0].transpose(1, 3).contiguous().transpose(1, 3)
-    recurrent_gla(turned, *x[1:])
+    turned = q.transpose(1, 3).contiguous().transpose(1, 3)
+    recurrent_gla(turned, k, v, g)
     assert list(fast.bound.values()) == [fast.NEVER]
 
 

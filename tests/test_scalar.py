@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glac import scalar, scalar_autograd
+from glac import scalar, scalar_autograd, scalar_segments
 from glac.attention import chunk_gla, chunk_linear_attn, chunk_retention, chunk_simple_gla
+from glac.configs import ScalarForwardConfig, TurnedKernelConfig
 from glac.errors import InputError, InputTypeError, NotDifferentiableError
+from glac.problem import DType, Gate, Precision, Problem, Specialisation
 from glac.reference import (
     recurrent_gla,
     relative_rms,
@@ -314,27 +316,64 @@ def test_only_what_depends_on_the_state_gets_a_gradient() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_the_operators(packed: bool, gated: bool) -> None:
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_the_operators(packed: bool, gated: bool, precision: str) -> None:
     x = drawn(B=1 if packed else 2, T=9)
     cu = torch.tensor([0, 4, 9], dtype=torch.int32) if packed else None
     h0 = torch.randn(2, 4, 16, 24).requires_grad_()
     q, k, v = (t.requires_grad_() for t in (x.q, x.k, x.v))
     g = x.g.requires_grad_() if gated else None
     inputs = (q, k, v, g, h0, cu)
-    torch.library.opcheck(scalar_autograd.chunk_simple_gla_fwd, (*inputs, 0.25, True, 64))
+    torch.library.opcheck(
+        scalar_autograd.chunk_simple_gla_fwd, (*inputs, 0.25, True, 64, precision)
+    )
     plain = tuple(None if t is None else t.detach() for t in inputs)
     do = torch.randn(x.v.shape)
-    torch.library.opcheck(scalar_autograd.chunk_simple_gla_bwd, (*plain, do, None, 0.25, 64))
+    torch.library.opcheck(
+        scalar_autograd.chunk_simple_gla_bwd, (*plain, do, None, 0.25, 64, precision)
+    )
 
 
-def test_compiles_and_transforms() -> None:
+@pytest.mark.parametrize("function", [chunk_simple_gla, chunk_retention, chunk_linear_attn])
+def test_precision(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is part of the problem in both passes, and changes nothing in PyTorch."""
+    seen: list[Precision] = []
+    check = scalar.check
+
+    def watched(*args: Any) -> scalar.ScalarProblem:
+        checked = check(*args)
+        seen.append(checked.problem.spec.precision)
+        return checked
+
+    monkeypatch.setattr(scalar, "check", watched)
+    x = drawn()
+    q = x.q.requires_grad_()
+    tensors = (q, x.k, x.v, x.g) if function is chunk_simple_gla else (q, x.k, x.v)
+    runs = []
+    for precision in (Precision.IEEE, Precision.TF32):
+        seen.clear()
+        o, _ = function(*tensors, precision=precision.value)
+        runs.append((o, *torch.autograd.grad(o.sum(), q)))
+        assert len(seen) >= 2
+        assert set(seen) == {precision}
+    assert all(map(torch.equal, *runs))
+    half = [t.half() for t in tensors]
+    with pytest.raises(InputError, match="precision 'tf32' goes with"):
+        function(*half, precision="tf32")
+    with pytest.raises(InputError, match="precision must be one of ieee, tf32"):
+        function(*tensors, precision="high")
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_compiles_and_transforms(precision: Literal["ieee", "tf32"]) -> None:
     x = drawn()
 
     def loss(q: Tensor, g: Tensor) -> Tensor:
-        o, end = chunk_simple_gla(q, x.k, x.v, g, output_final_state=True)
+        o, end = chunk_simple_gla(q, x.k, x.v, g, output_final_state=True, precision=precision)
         assert end is not None
         return o.sum() + end.sum()
 
+    torch._dynamo.reset()
     q, g = x.q.requires_grad_(), x.g.requires_grad_()
     wanted = torch.autograd.grad(loss(q, g), (q, g))
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
@@ -343,3 +382,45 @@ def test_compiles_and_transforms() -> None:
     for mine, other, theirs in zip(found, functional, wanted, strict=True):
         torch.testing.assert_close(mine, theirs)
         torch.testing.assert_close(other, theirs)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "length"),
+    [
+        (1, 32768, 512),  # no shorter than eight chunks
+        (16, 32768, 4096),  # a program per SM
+        (33, 32768, 8192),
+        (34, 32768, 0),  # a quarter of the SMs at work
+        (16, 2048, 512),
+        (16, 1024, 0),  # fewer than four segments
+        (1, 1 << 20, 8192),
+        (1, 1 << 24, 131072),
+    ],
+)
+def test_which_sequences_are_cut(heads: int, tokens: int, length: int) -> None:
+    problem = Problem(
+        Specialisation(128, 128, DType.BF16, Gate.SCALAR, DType.BF16), 1, tokens, heads
+    )
+    config = ScalarForwardConfig(TurnedKernelConfig(64, 128, 8, 3))
+    assert scalar_segments.segment_length(problem, config, 132) == length
+
+
+def test_segments_of_packed_sequences() -> None:
+    lengths = [70, 0, 33, 1, 64, 0]
+    x = drawn(1, sum(lengths), 2)
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    i = scalar.ScalarInputs(x.q, x.k, x.v, x.g, None, cu)
+    cuts, first, last, slots = scalar_segments._boundaries(i, 32)
+    assert slots == sum(lengths) // 32 + len(lengths) == len(cuts) - 1
+    assert cuts[0] == 0
+    assert cuts[-1] == sum(lengths)
+    assert bool((cuts[1:] >= cuts[:-1]).all())
+    total = scalar_segments._decays(i, cuts, slots, 32)[0]
+    for n, (low, high) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)):
+        a, b = int(first[n]), int(last[n]) + 1
+        # The segments of a sequence are its tokens, in pieces of 32.
+        assert cuts[a : b + 1].tolist() == [*range(low, high, 32)] + [high] + (
+            [] if high > low else [high]
+        )
+        wanted = x.g[0, low:high].sum(0) / math.log(2)
+        torch.testing.assert_close(total[:, a:b].sum(1), wanted)

@@ -31,7 +31,7 @@ def _exponent(value: int) -> int:
     return value.bit_length()
 
 
-_PLAIN = ("num_stages",)
+_PLAIN = ("num_stages", "max_registers")
 """Numbers that count, where others are sizes."""
 
 

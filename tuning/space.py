@@ -60,9 +60,6 @@ from glac.suites import make_problem as make_problem
 BLOCKS_V = (32, 64, 128, 256)
 GRADS_TRIED, WHOLE_TRIED, STATES_TRIED, DV_TRIED = 5, 4, 3, 8
 """Of a backward problem: gradient kernels without and with dv, states kernels, dv kernels."""
-WIDE_GRADS = (TileKernelConfig(64, 64, 128, 8, 2, True), TileKernelConfig(32, 64, 256, 8, 2, True))
-"""Also tried at K > 128, though each spills half a kilobyte: a longer chunk halves the states that
-are kept, 537 MB at 8,2048,4,256,512, a wider tile the parts of gradients that are added up."""
 SCALAR_STATES_TRIED = 3
 """Of a backward problem with a scalar gate: states kernels for each gradient kernel."""
 PREPARES = {
@@ -293,10 +290,7 @@ def _grads_tiles(spec: Specialisation, gpu: GpuSpec, dv: bool) -> list[TileKerne
     ]
     legal = [tile for tile in tiles if grads_illegal(spec, tile, gpu) is None]
     legal.sort(key=lambda t: (_grads_prior(t, spec, gpu), t.slug))
-    if dv or padded_k(spec) <= 128 or spec.dtype is not DType.BF16:
-        return legal[: WHOLE_TRIED if dv else GRADS_TRIED]
-    wide = [tile for tile in WIDE_GRADS if grads_illegal(spec, tile, gpu) is None]
-    return [*legal[:GRADS_TRIED], *wide]
+    return legal[: WHOLE_TRIED if dv else GRADS_TRIED]
 
 
 def _walks(spec: Specialisation, gpu: GpuSpec) -> list[ChunkKernelConfig]:

@@ -212,7 +212,7 @@ def test_a_few_segments_at_once(
     lowrank: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("glac.backward.PROGRAMS", at_once)
-    monkeypatch.setattr("glac.backward.FREE_STATES", 0)
+    monkeypatch.setenv("GLAC_SCRATCH_MIB", "0")
     x = drawn(100, lowrank=lowrank, K=32)
     assert_right(x, config(32, 16, 32), cut(32, chunk=32, block_k=16, dv_chunk=16))
 
@@ -236,7 +236,7 @@ def test_prepared_grouped_heads_with_hard_gates(heads: tuple[int, int, int], seg
 
 
 def test_groups_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glac.backward.FREE_STATES", 0)
+    monkeypatch.setenv("GLAC_SCRATCH_MIB", "0")
     assert_right(drawn(90, heads=(4, 1, 2)), config(), backward_config(dv_chunk=16))
 
 

@@ -11,9 +11,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glac import scalar
+from glac import scalar, scalar_segments
 from glac.configs import (
     ChunkKernelConfig,
+    CombineKernelConfig,
     Config,
     ScalarBackwardConfig,
     ScalarForwardConfig,
@@ -21,7 +22,9 @@ from glac.configs import (
     is_legal,
 )
 from glac.gpus import GPUS
-from glac.interpret import interpreted_plan
+from glac.interpret import InterpretedKernel, interpreted_plan
+from glac.kernelspec import KernelSpec
+from glac.problem import Gate
 from glac.scalar import ScalarInputs
 from glac.testing import HARD_GATE_VALUES
 from tests.interpreter.running import guarded
@@ -355,3 +358,48 @@ def test_a_reset_forgets_and_has_no_gradient() -> None:
         # Nothing before the reset learns of what comes after the sequence.
         before = slice(None) if with_end.shape[1] != 40 else slice(0, 21)
         assert torch.allclose(with_end[:, before], without[:, before], atol=2e-5)
+
+
+def in_segments(
+    i: ScalarInputs, fwd: ScalarForwardConfig, length: int
+) -> scalar_segments.Segments:
+    checked = scalar.check(i)
+    spec = checked.problem.spec
+    vector = replace(spec, gate=Gate.VECTOR, gate_dtype=spec.dtype)
+    combine = KernelSpec("gla_combine", vector, CombineKernelConfig(), "sm_90a")
+    plan = interpreted_plan(checked.problem, fwd)
+    return scalar_segments.segments(
+        plan, InterpretedKernel(combine), checked.groups, scalar._laid_out(i), length
+    )
+
+
+@pytest.mark.parametrize(
+    ("heads", "gate", "hard", "carried", "lengths"),
+    [
+        ((1, 1, 2), "token", False, True, None),
+        ((4, 2, 2), "token", True, True, [40, 0, 17, 1]),
+        ((2, 1, 1), "head", False, False, [33, 16]),
+        ((1, 1, 1), "none", False, True, None),
+    ],
+)
+def test_in_segments(
+    heads: tuple[int, int, int], gate: str, hard: bool, carried: bool, lengths: list[int] | None
+) -> None:
+    i = drawn(2, 40, heads, 16, 16, gate, hard=hard, carried=carried, lengths=lengths)
+    fwd, bwd = forward_config(), backward_config()
+    checked = scalar.check(i)
+    do, dht = ends_of(i, 1)
+    with guarded():
+        parts = in_segments(i, fwd, 16)
+        o, state = parts.forward(SCALE, True)
+        plan = interpreted_plan(checked.problem, bwd)
+        grads = parts.backward(plan, SCALE, do, dht, want_dg=True, want_dh0=True)
+    true_o, true_state = scalar.torch_forward(checked, in_fp64(i), SCALE, True, 64)
+    budget = BUDGET[FP32]
+    close("o", o, true_o, budget)
+    close("state", state, true_state, budget)
+    wanted = scalar.torch_backward(
+        checked, in_fp64(i), SCALE, do.double(), dht.double(), 64, want_dg=True, want_dh0=True
+    )
+    for name, got, true in zip(("dq", "dk", "dv", "dg", "dh0"), grads, wanted, strict=True):
+        close(name, got, true, 2 * budget)
