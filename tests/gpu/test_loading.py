@@ -153,7 +153,9 @@ def test_c_gives_the_same_bits(packed: Packed, tmp_path: Path, gate: str) -> Non
     )
     if shutil.which("gcc") is None or header is None:
         pytest.skip("needs gcc and cuda.h")
-    x = packed.draw(2, 1000, 8, 128, 128, gate=gate)
+    # With fewer low-rank heads prepared chunks are faster, whose rows have no function in C.
+    sizes = (16 if gate == "lowrank" else 2, 1000, 8, 128, 128)
+    x = packed.draw(*sizes, gate=gate)
     problem = problem_of(x)
     path = packed.need(problem).path
     if packed.need(replace(problem, T=1), Op.DECODE).path != path:
@@ -161,7 +163,7 @@ def test_c_gives_the_same_bits(packed: Packed, tmp_path: Path, gate: str) -> Non
     pack = read_pack(Path(path))
     header_file, source = write_c(pack, tmp_path)
     case = [sys.executable, "examples/c/make_case.py", str(tmp_path / "cases")]
-    case += ["--lowrank"] if gate == "lowrank" else []
+    case += ["--sizes", *map(str, sizes), *(["--lowrank"] if gate == "lowrank" else [])]
     program = tmp_path / "serve"
     compiler = ["gcc", "-O1", f"-I{tmp_path}", f"-I{header}/include"]
     compiler += [f'-DGLAC_HEADER="{header_file.name}"']

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glac import scalar
+from glac import scalar, scalar_segments
 from glac.attention import chunk_linear_attn, chunk_retention, chunk_simple_gla
 from glac.problem import Op
 from glac.reference import yardstick_scalar_gla, yardstick_scalar_gla_backward
@@ -243,3 +243,50 @@ def test_repeats_have_the_same_bits(packed: Packed) -> None:
         again = everything(i, do, dht)
         for name, value in first.items():
             assert torch.equal(again[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "heads", "gate", "lengths"),
+    [
+        (1, 16384, (1, 1, 1), "token", None),
+        (2, 9000, (2, 2, 2), "token", None),
+        (1, 8192, (4, 1, 2), "head", None),
+        (1, 5000, (2, 2, 2), "none", None),
+        (1, 0, (1, 1, 1), "token", [9000, 0, 31, 2100]),
+    ],
+    ids=str,
+)
+def test_in_segments(
+    packed: Packed,
+    B: int,
+    T: int,
+    heads: tuple[int, int, int],
+    gate: str,
+    lengths: list[int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    i = drawn(packed, B, T, heads, 128, gate, lengths=lengths)
+    cut: list[int] = []
+    segments = scalar_segments.segments
+
+    def watched(*args: Any) -> Any:
+        cut.append(args[-1])
+        return segments(*args)
+
+    monkeypatch.setattr(scalar_segments, "segments", watched)
+    check(i)
+    assert len(cut) == 2, "forward and backward were to be cut"
+    # In a graph too: nothing waits for the device.
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        wanted, _ = call(i)
+        with torch.cuda.graph(graph):
+            o, _ = call(i)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(o, wanted)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_in_segments_with_other_gates(packed: Packed, hard: bool) -> None:
+    check(drawn(packed, 1, 6000, (2, 2, 2), 64, hard=hard, gate_scale=1.0))
