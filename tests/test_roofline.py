@@ -375,7 +375,10 @@ def test_names_of_devices() -> None:
 def test_tuned_times_belong_to_their_device() -> None:
     h100 = GPUS["h100"]
     here = tuned_measurements(PROBLEM, h100, Op.FORWARD)
-    assert [item.gpu for item in here] == ["h100"]
+    assert [(item.gpu, item.device[:11]) for item in here] == [
+        ("h100", "NVIDIA H100"),
+        ("h200", "NVIDIA H200"),
+    ]
     rate = h100.copy_bandwidth / 1e6
     assert here[0].share == pytest.approx(PROBLEM.bytes(Op.FORWARD) / rate / here[0].us)
     # A relative's file with the same measurement does not count twice.

@@ -48,7 +48,7 @@ REPLAY_SESSION = "glac.tuning.replay:replay_session"
 _WALK = re.compile(r"c(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?")
 _TILE = re.compile(r"c(\d+)_bk(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?(_dv)?")
 _PREPARE = re.compile(r"c(\d+)_bk(\d+)_w(\d+)_s(\d+)")
-_DECODE = re.compile(r"bv(\d+)_w(\d+)")
+_DECODE = re.compile(r"bv(\d+)_w(\d+)(?:_r(\d+))?")
 _GATE = re.compile(r"([a-z]+)(\d*)")
 
 
@@ -85,7 +85,7 @@ def _config(slug: str, gate: Gate) -> Config:
     """The config of a slug, if it is one; some slugs mean what the gate says."""
     main, *rest = slug.split("-")
     if found := _DECODE.fullmatch(main):
-        return DecodeConfig(DecodeKernelConfig(*map(int, found.groups())))
+        return DecodeConfig(DecodeKernelConfig(*(int(part or 0) for part in found.groups())))
     # A segment's length is followed by the kernel that summarises segments.
     named: dict[str, str] = {}
     for part in rest:
