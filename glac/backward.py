@@ -2,12 +2,12 @@
 
 A sequence that is walked as a whole falls into windows, from the last to the first:
 
-    gla_states       the state at the start of each chunk of the window
+    gla_states       the state at the start of every few chunks of the window
     gla_bwd          dq, dk, the gate's gradient (and dv), and dS at the window's start
     gla_bwd_exact    again, where gates left the fast kernel's range
 
-Windows bound what is kept: chunk states of the whole sequence would take as much memory as all
-gradients together. Where the heads are too few for the GPU, the sequence is cut into segments
+Windows bound what is kept: states of the whole sequence may take as much memory as all gradients
+together. Where the heads are too few for the GPU, the sequence is cut into segments
 that are walked at once. The state before each and the gradient of the one behind each come first:
 
     gla_states, gla_combine      what every segment adds to the state, chained
@@ -68,7 +68,7 @@ class Cut:
 
 def windows(problem: Problem, config: BackwardConfig) -> tuple[int, int]:
     """How many windows a backward pass takes, and the tokens of each but the last."""
-    kept = math.ceil(problem.T / config.grads.chunk) * _state_bytes(problem)
+    kept = math.ceil(problem.T / config.grads.kept_tokens) * _state_bytes(problem)
     steps = math.ceil(problem.T / config.chunk_step)
     count = 1 if kept <= scratch_bytes() else min(WINDOWS, steps)
     length = config.chunk_step * math.ceil(steps / count)
@@ -97,7 +97,7 @@ def cut(problem: Problem, config: BackwardConfig) -> Cut:
         count, window = windows(problem, config)
         return Cut(count, window, 1, True)
     spec, grads = problem.spec, config.grads
-    per_segment = _state_bytes(problem) * math.ceil(length / grads.chunk)
+    per_segment = _state_bytes(problem) * math.ceil(length / grads.kept_tokens)
     per_launch = tiles("gla_bwd", spec, grads) * problem.B * problem.H
     at_once = max(scratch_bytes() // per_segment, math.ceil(PROGRAMS / per_launch))
     launches = math.ceil(segments / at_once)
@@ -168,7 +168,7 @@ def run_backward(
     grads = config.grads
     way = cut(problem, config)
     segments, length = way.segments, way.length
-    kept = math.ceil(min(length, T) / grads.chunk)
+    kept = math.ceil(min(length, T) / grads.kept_tokens)
     k_tiles, v_tiles = math.ceil(K / grads.block_k), math.ceil(V / grads.block_v)
     args = gate_arguments(gate, spec)
     unit_k, unit_v = stride_unit(K), stride_unit(V)
@@ -214,10 +214,13 @@ def run_backward(
             plan, q, do, gate, dht, cu, segments=at, summary=config.states, heads=H,
             k_group=problem.q_group, g_group=problem.s_group, out_scale=scale, reverse=True,
         )  # fmt: skip
-    states = scratch(
-        B, state_heads, way.at_once, kept, K, V, dtype=TORCH_DTYPES[state_dtype(spec)]
-    )
+    as_kept = TORCH_DTYPES[state_dtype(spec)]
     per_segment = tiles("gla_bwd", spec, grads) * B * H
+    # Behind the kept states those that programs find again.
+    again = grads.keep * grads.block_k * grads.block_v if grads.keep > 1 else 0
+    states = scratch(
+        way.at_once * (B * state_heads * kept * K * V + per_segment * again), dtype=as_kept
+    )
     flags = scratch(per_segment * way.at_once, dtype=torch.int32)
 
     first = segments
@@ -230,7 +233,16 @@ def run_backward(
             (k, v, *gate.tensors, cu, initial_state, starts, states, None),
             (
                 *(1.0, *args.scalars, T, N, state_heads, segments, first, count, length),
-                *(grads.chunk, kept, problem.k_group // problem.s_group, 1, 1, 0, 0, from_start),
+                *(
+                    grads.kept_tokens,
+                    kept,
+                    problem.k_group // problem.s_group,
+                    1,
+                    1,
+                    0,
+                    0,
+                    from_start,
+                ),
                 *(packed, int(initial_state is not None), *args.flag),
                 *(*k_strides, *v_strides, *args.strides),
             ),

@@ -1072,6 +1072,35 @@ def configs_migrate(paths: tuple[Path, ...]) -> None:
     emit({"schema": SCHEMA, "files": [str(path) for path in paths]}, "\n".join(lines))
 
 
+@configs.command("certify")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--jobs", type=click.IntRange(1), help="Kernels compiled at a time [all CPUs].")
+@common_options
+def configs_certify(paths: tuple[Path, ...], jobs: int | None) -> None:
+    """Sign tuned files for the templates of today, in place.
+
+    For work on the templates. Rows whose kernels still compile to the machine
+    code that was measured stay what they were; nothing is written if one
+    differs.
+    """
+    from glac.certify import certify
+    from glac.tuned import dump_tuned, load_tuned
+
+    found = [(path, certify(load_tuned(path), jobs)) for path in paths]
+    for path, signed in found:
+        dump_tuned(signed.file, path)
+    lines = [
+        f"{path}: {signed.kernels} kernels are what was measured; signed: "
+        + (", ".join(f"{op} ({rows} rows)" for op, rows in signed.ops.items()) or "nothing new")
+        for path, signed in found
+    ]
+    data = [
+        {"file": str(path), "kernels": signed.kernels, "rows": signed.ops}
+        for path, signed in found
+    ]
+    emit({"files": data}, "\n".join(lines))
+
+
 @configs.command("diff")
 @click.argument("old", metavar="GPU|PATH")
 @click.argument("new", metavar="GPU|PATH")

@@ -23,6 +23,7 @@ WARPS = (2, 4, 8)
 STAGES = (1, 2, 3, 4)
 MAX_REGISTERS = (0, 64, 80, 96, 128, 168)
 EXACT_ROWS = 16
+KEEPS = (1, 2, 4, 8)
 MAX_SEGMENTS = 256
 MAX_STATE_REGISTERS = 256
 """Of a state tile per thread: one that has 255 and spills a little can still be the fastest."""
@@ -128,6 +129,7 @@ class TileKernelConfig(_KernelConfig):
         num_stages: chunks in flight in the load pipeline.
         tma: load and store through tensor descriptors (Hopper only).
         dv: also write the gradient of the values, which takes all of K in one tile.
+        keep: chunks from one kept state to the next; the program finds those between again.
     """
 
     chunk: int
@@ -137,15 +139,33 @@ class TileKernelConfig(_KernelConfig):
     num_stages: int
     tma: bool = False
     dv: bool = False
+    keep: int = 1
 
     @property
     def slug(self) -> str:
         tma = "_tma" if self.tma else ""
         dv = "_dv" if self.dv else ""
+        keep = f"_k{self.keep}" if self.keep > 1 else ""
         return (
             f"c{self.chunk}_bk{self.block_k}_bv{self.block_v}_w{self.num_warps}"
-            f"_s{self.num_stages}{tma}{dv}"
+            f"_s{self.num_stages}{tma}{dv}{keep}"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        # Without `keep` where it is 1: what was measured and built before it existed stays valid.
+        values = super().to_dict()
+        if self.keep == 1:
+            del values["keep"]
+        return values
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> TileKernelConfig:
+        return super().from_dict({"keep": 1, **data} if isinstance(data, Mapping) else data, where)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens from one kept state to the next."""
+        return self.chunk * self.keep
 
 
 @dataclass(frozen=True, order=True)
@@ -348,9 +368,9 @@ class BackwardConfig:
 
     Attributes:
         op, PARTS: as in ``ForwardConfig``.
-        states: the kernel that walks forward again and keeps the state at the start of each chunk
-            of ``grads``, whose chunk size is a multiple of its own; with segments also the one
-            that finds what they add to the state and to its gradient.
+        states: the kernel that walks forward again and keeps the states that ``grads`` asks for,
+            at multiples of its own chunk size; with segments also the one that finds what they
+            add to the state and to its gradient.
         grads: the kernel that walks back and makes the gradients.
         dv: the kernel that makes the gradient of the values, ``None`` exactly if ``grads`` does.
         segment: tokens per segment, a multiple of all chunk sizes; 0 walks a whole sequence in one
@@ -378,7 +398,7 @@ class BackwardConfig:
     @property
     def chunk_step(self) -> int:
         """What segments are a multiple of."""
-        return max(self.grads.chunk, self.states.chunk, self.dv.chunk if self.dv else 0)
+        return max(self.grads.kept_tokens, self.states.chunk, self.dv.chunk if self.dv else 0)
 
     def tiles(self, spec: Specialisation) -> int:
         """Programs that share a sequence of a head."""
@@ -389,7 +409,7 @@ class BackwardConfig:
         """The kernel that does again what ``grads`` could not; its tile has to be the same."""
         g = self.grads
         warps = 8 if g.block_k * g.block_v > 64 * 64 else 4
-        return ExactKernelConfig(g.chunk, g.block_k, g.block_v, warps, g.dv)
+        return ExactKernelConfig(g.kept_tokens, g.block_k, g.block_v, warps, g.dv)
 
     def kernels(self) -> dict[str, KernelConfig]:
         """Template name to kernel config, in launch order."""
@@ -406,8 +426,8 @@ class BackwardConfig:
     def with_part(self, part: str, kernel: Any) -> BackwardConfig:
         """This config with another kernel config in field ``part``, and states that go with it."""
         change: dict[str, Any] = {part: kernel}
-        if part == "grads" and kernel.chunk < self.states.chunk:
-            change["states"] = replace(self.states, chunk=kernel.chunk)
+        if part == "grads" and kernel.kept_tokens < self.states.chunk:
+            change["states"] = replace(self.states, chunk=kernel.kept_tokens)
         return replace(self, **change)
 
     @property
@@ -417,7 +437,12 @@ class BackwardConfig:
         return f"{self.grads.slug}-st_{self.states.slug}{dv}{segment}"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "states": self.states.to_dict(),
+            "grads": self.grads.to_dict(),
+            "dv": None if self.dv is None else self.dv.to_dict(),
+            "segment": self.segment,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> BackwardConfig:
@@ -592,6 +617,7 @@ _CHOICES: dict[str, tuple[int, ...]] = {
     "num_warps": WARPS,
     "num_stages": STAGES,
     "max_registers": MAX_REGISTERS,
+    "keep": KEEPS,
 }
 
 
@@ -766,8 +792,11 @@ def _why_illegal_backward(
         return reason
     if grads.dv == (config.dv is not None):
         return "dv must be given exactly when grads.dv is false"
-    if grads.chunk % config.states.chunk:
-        return f"grads.chunk must be a multiple of states.chunk {config.states.chunk}"
+    if grads.kept_tokens % config.states.chunk:
+        return (
+            f"grads.chunk times grads.keep must be a multiple of states.chunk "
+            f"{config.states.chunk}"
+        )
     return _segment_illegal(config.segment, config.chunk_step) if config.segment else None
 
 

@@ -177,6 +177,10 @@ def _step(
         flops += 3 * state + by_value + 2 * by_key + suffix
         if config.dv:  # k dS; scores; scores times do
             flops += state + by_key + by_value
+        if config.keep > 1:  # states between kept ones
+            again, more = _gate_step(spec, C, BK)
+            flops += (again + state) * (config.keep - 1) // config.keep
+            exps += (more + C * BK) * (config.keep - 1) // config.keep
         if spec.gate is Gate.LOWRANK:  # dweight and dx
             flops += 4 * C * BK * max(16, spec.rank)
         return flops, exps + 2 * C * BK
@@ -324,9 +328,13 @@ def _prepared_work(
 def kept_states_bytes(problem: Problem, config: BackwardConfig) -> int:
     """States that a backward pass keeps for itself at the most: of chunks, and of segments."""
     spec, way = problem.spec, cut(problem, config)
-    slots = way.at_once * math.ceil(min(way.length, problem.T) / config.grads.chunk)
-    heads = problem.B * problem.state_heads
-    kept = slots * heads * spec.K * spec.V * state_dtype(spec).itemsize
+    grads = config.grads
+    slots = way.at_once * math.ceil(min(way.length, problem.T) / grads.kept_tokens)
+    kept = slots * problem.B * problem.state_heads * spec.K * spec.V
+    if grads.keep > 1:  # and a few states of each program
+        programs = tiles("gla_bwd", spec, grads) * problem.B * problem.H * way.at_once
+        kept += programs * grads.keep * grads.block_k * grads.block_v
+    kept *= state_dtype(spec).itemsize
     if way.segments == 1:
         return kept
     starts = problem.B * problem.H * way.segments * spec.K * spec.V * DType.FP32.itemsize
@@ -356,8 +364,8 @@ def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> li
             )
         marks = 2 * way.segments * problem.state_bytes
     chunks = math.ceil(problem.T / grads.chunk)
-    states = chunks * problem.B * problem.state_heads * spec.K * spec.V
-    states *= state_dtype(spec).itemsize
+    states = math.ceil(problem.T / grads.kept_tokens)
+    states *= problem.B * problem.state_heads * spec.K * spec.V * state_dtype(spec).itemsize
     found.append(
         _work(
             gpu,

@@ -306,7 +306,7 @@ _WITHOUT = {
     "gla_prepare": ("V", "UV", "BX", "INTERPRETED"),
     "gla_walk_states": ("INTERPRETED",),
     "gla_walk": ("INTERPRETED",),
-    "gla_bwd": ("BX", "INTERPRETED"),
+    "gla_bwd": ("BX",),
     "gla_bwd_exact": ("INTERPRETED",),
 }
 """Constants of the others that a template does not take."""
@@ -345,6 +345,8 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
         values["TURNED"] = config.turned
     elif isinstance(config, _TILED_K):
         values["DV"] = config.dv
+    if isinstance(config, TileKernelConfig):
+        values["KEEP"] = config.keep
     for name in _WITHOUT.get(template, ()):
         del values[name]
     return {**values, **_inactive(template, spec)}

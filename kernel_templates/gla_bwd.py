@@ -15,9 +15,11 @@ pass through the state are sums without cancellation. A program owns a [BK, BV] 
 registers. Gradients of q, k and gate are complete over V tiles only as a sum, which the caller
 makes; dv is written (DV) where one tile holds all of K, and otherwise by ``gla_bwd_dv``.
 
-A program walks one segment of ``seg_count`` (``_place``). S at the start of each of its chunks
-comes from ``gla_states``. dS at its end is ``dht`` or a slot of ``ends``; with ``chain``, where
-one launch follows another from the last segment to the first, the program leaves dS for the next.
+A program walks one segment of ``seg_count`` (``_place``). S at the start of every KEEP-th chunk
+comes from ``gla_states``; those between are found again, KEEP chunks at a time.
+They pass through memory, but through so little of it, and so soon after, that it stays in the
+cache. dS at the segment's end is ``dht`` or a slot of ``ends``; with ``chain``, where one launch
+follows another from the last segment to the first, the program leaves dS for the next.
 The anchor's range is tested as in ``gla_fwd``; a program that left it says so in ``flags``, and
 ``gla_bwd_exact`` does its work again.
 
@@ -30,7 +32,8 @@ The anchor's range is tested as in ``gla_fwd``; a program that left it says so i
 | w      | [H*K, R]        | io         | contiguous                                            |
 | bias   | [H*K]           | io or fp32 | contiguous, absent when has_bias == 0                 |
 | cu     | [N + 1]         | int32      | boundaries of a packed batch, see ``_place``          |
-| states | [B, HS, C, N_KEPT, K, V] | state | contiguous, slot j: before token t_begin + j * BT |
+| states | [B, HS, C, N_KEPT, K, V] | state | contiguous, slot j: before chunk j * KEEP        |
+| behind | [grid, KEEP, BK, BV] | state | where KEEP > 1, a program's states between kept ones |
 | dht    | [N, HS, K, V]   | fp32       | contiguous, absent when has_dht == 0                  |
 | ends   | [B, H, S, K, V] | fp32       | contiguous, dS at segments' ends, not of the last     |
 | dq, dk | [NV, B, T, H, K]| io         | contiguous                                            |
@@ -52,6 +55,7 @@ import triton
 import triton.language as tl
 
 from glac.kernel_templates._bwd import (
+    await_descriptor_stores,
     cumulative_log2_t,
     load_rows,
     logsigmoid_gate,
@@ -61,7 +65,7 @@ from glac.kernel_templates._bwd import (
     triangles,
 )
 from glac.kernel_templates._exact import START_RANGE_LOG2
-from glac.kernel_templates._gate import LOG2E, operand
+from glac.kernel_templates._gate import LOG2E, clamped, operand
 from glac.kernel_templates._place import place
 
 
@@ -138,15 +142,18 @@ def gla_bwd(
     BK: tl.constexpr,
     BV: tl.constexpr,
     STAGES: tl.constexpr,
+    KEEP: tl.constexpr,
     DV: tl.constexpr,
     LOWRANK: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     IO: tl.constexpr = v.dtype.element_ty
+    STATE: tl.constexpr = states.dtype.element_ty
 
     pid = tl.program_id(0)
     i_v = pid % NV
@@ -210,6 +217,9 @@ def gla_bwd(
     upper, lower = triangles(BT, SUMMAND, BF16)
 
     n_chunks = tl.cdiv(t_end - t_begin, BT)
+    if KEEP > 1:
+        between = states + B.to(tl.int64) * HS * seg_count * n_kept * (K * V)
+        between += pid.to(tl.int64) * (KEEP * BK * BV)
     states += ((i_b * HS + i_hs) * seg_count + slot - seg_first) * n_kept * (K * V)
     # Descriptors, or the pointers themselves.
     rows = tl.maximum(n_tok, 1)
@@ -221,7 +231,11 @@ def gla_bwd(
     s_dk = tl.make_tensor_descriptor(dk, [rows, K], [row_dk, 1], [BT, BK]) if TMA else dk
     s_dv = tl.make_tensor_descriptor(dv, [rows, V], [row_dv, 1], [BT, BV]) if TMA else dv
     if TMA:
-        d_s = tl.make_tensor_descriptor(states, [n_kept * K, V], [V, 1], [BK, BV])
+        s_kept = tl.make_tensor_descriptor(states, [n_kept * K, V], [V, 1], [BK, BV])
+    if KEEP > 1:
+        p_between = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]
+        if TMA:
+            s_between = tl.make_tensor_descriptor(between, [KEEP * BK, BV], [BV, 1], [BK, BV])
     if not LOWRANK:
         s_g = tl.make_tensor_descriptor(g, [rows, K], [row_g, 1], [BT, BK]) if TMA else g
         s_dg = tl.make_tensor_descriptor(dg, [rows, K], [row_dk, 1], [BT, BK]) if TMA else dg
@@ -244,75 +258,135 @@ def gla_bwd(
         b_ds = tl.load(end + p_state, mask=m_state & (has_end != 0), other=0.0)
 
     worst = tl.zeros([BK], dtype=tl.float32)
-    for i in tl.range(0, n_chunks, num_stages=STAGES):
-        i_c = n_chunks - 1 - i
-        t = t_begin + i_c * BT
-        m_t = t + row < n_tok
-        m_tk = m_t[:, None] & m_k[None, :]
-        m_tv = m_t[:, None] & m_v[None, :]
-        # All loads first: with those of q and do further down, the loop spilled 200 bytes.
-        if LOWRANK:
-            m_tr = m_t[:, None] & m_r[None, :]
-            b_x = load_rows(x, t, 0, row_x, o_r, m_tr, BT, False)  # [BT, BR]
-        else:
-            b_g = load_rows(s_g, t, k0, row_g, o_k, m_tk, BT, TMA)  # [BT, BK]
-        b_q = load_rows(s_q, t, k0, row_q, o_k, m_tk, BT, TMA)  # [BT, BK]
-        b_k = load_rows(s_k, t, k0, row_k, o_k, m_tk, BT, TMA)  # [BT, BK]
-        b_v = operand(load_rows(s_v, t, v0, row_v, o_v, m_tv, BT, TMA), IO)  # [BT, BV]
-        b_do = operand(load_rows(s_do, t, v0, row_do, o_v, m_tv, BT, TMA), IO)  # [BT, BV]
-        if TMA:
-            b_s = d_s.load([i_c * K + k0, v0])  # [BK, BV]
-        else:
-            p_s = states + i_c.to(tl.int64) * (K * V) + p_state
-            b_s = operand(tl.load(p_s, mask=m_state, other=0.0), IO)  # [BK, BV]
+    # Without states between, one group is all.
+    n_groups = tl.cdiv(n_chunks, KEEP) if KEEP > 1 else 1
+    for i_back in tl.range(0, n_groups, num_stages=1):
+        t_group = t_begin
+        n_here = n_chunks
+        if KEEP > 1:
+            i_group = n_groups - 1 - i_back
+            t_group = t_begin + i_group * (KEEP * BT)
+            n_here = tl.minimum(n_chunks - i_group * KEEP, KEEP)
+            if TMA:
+                b_r = s_kept.load([i_group * K + k0, v0]).to(tl.float32)  # [BK, BV]
+            else:
+                p_s = states + i_group.to(tl.int64) * (K * V) + p_state
+                b_r = tl.load(p_s, mask=m_state, other=0.0).to(tl.float32)
+            # Nothing else is in shared memory meanwhile: one stage more is free.
+            for i in tl.range(0, n_here - 1, num_stages=STAGES + 1):
+                t = t_group + i * BT
+                m_t = t + row < n_tok
+                m_tk = m_t[:, None] & m_k[None, :]
+                m_tv = m_t[:, None] & m_v[None, :]
+                if LOWRANK:
+                    m_tr = m_t[:, None] & m_r[None, :]
+                    b_x = load_rows(x, t, 0, row_x, o_r, m_tr, BT, False)
+                else:
+                    b_g = load_rows(s_g, t, k0, row_g, o_k, m_tk, BT, TMA)
+                b_k = load_rows(s_k, t, k0, row_k, o_k, m_tk, BT, TMA)
+                b_v = operand(load_rows(s_v, t, v0, row_v, o_v, m_tv, BT, TMA), IO)
+                if TMA:
+                    s_between.store([i * BK, 0], b_r.to(STATE))
+                else:
+                    tl.store(between + i * (BK * BV) + p_between, b_r.to(STATE))
+                if LOWRANK:
+                    b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
+                    b_gt, _ = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
+                    b_gt = tl.where(m_t[None, :], b_gt, 0.0)
+                else:
+                    b_gt = clamped(tl.trans(b_g))
+                b_cum = cumulative_log2_t(b_gt, upper, LOWRANK, BF16)
+                b_end = tl.min(b_cum, 1)
+                b_after = b_end[:, None] - b_cum
+                if PRECISION == "tf32x3":
+                    # See gla_states.
+                    m_after = (row[:, None] > row[None, :]).to(tl.float32)
+                    x_log2 = b_gt if LOWRANK else b_gt * LOG2E
+                    b_after = tl.dot(x_log2, m_after, input_precision=PRECISION)
+                kr = operand(tl.trans(b_k) * tl.exp2(b_after), IO)
+                b_r = b_r * tl.exp2(b_end)[:, None]
+                b_r = tl.dot(kr, b_v, b_r, input_precision=PRECISION)
+            if TMA:
+                s_between.store([(n_here - 1) * BK, 0], b_r.to(STATE))
+                await_descriptor_stores(t_begin, INTERPRETED)
+            else:
+                tl.store(between + (n_here - 1) * (BK * BV) + p_between, b_r.to(STATE))
+                if not INTERPRETED:
+                    tl.debug_barrier()
+        for i in tl.range(0, n_here, num_stages=STAGES):
+            i_c = n_here - 1 - i
+            t = t_group + i_c * BT
+            m_t = t + row < n_tok
+            m_tk = m_t[:, None] & m_k[None, :]
+            m_tv = m_t[:, None] & m_v[None, :]
+            # All loads first: with those of q and do further down, the loop spilled 200 bytes.
+            if LOWRANK:
+                m_tr = m_t[:, None] & m_r[None, :]
+                b_x = load_rows(x, t, 0, row_x, o_r, m_tr, BT, False)  # [BT, BR]
+            else:
+                b_g = load_rows(s_g, t, k0, row_g, o_k, m_tk, BT, TMA)  # [BT, BK]
+            b_q = load_rows(s_q, t, k0, row_q, o_k, m_tk, BT, TMA)  # [BT, BK]
+            b_k = load_rows(s_k, t, k0, row_k, o_k, m_tk, BT, TMA)  # [BT, BK]
+            b_v = operand(load_rows(s_v, t, v0, row_v, o_v, m_tv, BT, TMA), IO)  # [BT, BV]
+            b_do = operand(load_rows(s_do, t, v0, row_do, o_v, m_tv, BT, TMA), IO)  # [BT, BV]
+            if TMA and KEEP > 1:
+                b_s = s_between.load([i_c * BK, 0])  # [BK, BV]
+            elif TMA:
+                b_s = s_kept.load([i_c * K + k0, v0])
+            elif KEEP > 1:
+                b_s = operand(tl.load(between + i_c * (BK * BV) + p_between), IO)
+            else:
+                p_s = states + i_c.to(tl.int64) * (K * V) + p_state
+                b_s = operand(tl.load(p_s, mask=m_state, other=0.0), IO)
 
-        if LOWRANK:
-            b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
-            b_gt, slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
-            b_gt = tl.where(m_t[None, :], b_gt, 0.0)  # tokens outside must not decay
-        else:
-            b_gt = tl.trans(b_g)
-        b_cum = cumulative_log2_t(b_gt, upper, LOWRANK, BF16)  # [BK, BT]
-        b_end = tl.min(b_cum, 1)  # [BK], the last column: g <= 0 makes G fall along the chunk
-        worst = tl.minimum(worst, b_end)
-        b_e = tl.exp2(b_cum) * scale  # [BK, BT]
-        qh = operand(tl.trans(b_q) * b_e, IO)  # [BK, BT]
-        kh = operand(tl.trans(b_k) * tl.exp2(-b_cum), IO)  # [BK, BT]
-        b_da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BT]
-        b_da = operand(tl.where(m_low, b_da, 0.0), IO)
+            if LOWRANK:
+                b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
+                b_gt, slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
+                b_gt = tl.where(m_t[None, :], b_gt, 0.0)  # tokens outside must not decay
+            else:
+                b_gt = tl.trans(b_g)
+            b_cum = cumulative_log2_t(b_gt, upper, LOWRANK, BF16)  # [BK, BT]
+            b_end = tl.min(b_cum, 1)  # [BK], the last column: g <= 0 makes G fall along the chunk
+            worst = tl.minimum(worst, b_end)
+            b_e = tl.exp2(b_cum) * scale  # [BK, BT]
+            qh = operand(tl.trans(b_q) * b_e, IO)  # [BK, BT]
+            kh = operand(tl.trans(b_k) * tl.exp2(-b_cum), IO)  # [BK, BT]
+            b_da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BT, BT]
+            b_da = operand(tl.where(m_low, b_da, 0.0), IO)
 
-        b_xt = tl.dot(b_s, tl.trans(b_do), input_precision=PRECISION)  # [BK, BT]
-        b_xt = tl.dot(kh, tl.trans(b_da), b_xt, input_precision=PRECISION)
-        store_rows(s_dq, tl.trans((b_xt * b_e).to(IO)), t, k0, row_dk, o_k, m_tk, BT, TMA)
-        b_yt = tl.dot(qh, b_da, input_precision=PRECISION)  # [BK, BT]
-        b_p = qh.to(tl.float32) * b_xt - kh.to(tl.float32) * b_yt
+            b_xt = tl.dot(b_s, tl.trans(b_do), input_precision=PRECISION)  # [BK, BT]
+            b_xt = tl.dot(kh, tl.trans(b_da), b_xt, input_precision=PRECISION)
+            store_rows(s_dq, tl.trans((b_xt * b_e).to(IO)), t, k0, row_dk, o_k, m_tk, BT, TMA)
+            b_yt = tl.dot(qh, b_da, input_precision=PRECISION)  # [BK, BT]
+            b_p = qh.to(tl.float32) * b_xt - kh.to(tl.float32) * b_yt
 
-        b_ds = b_ds * tl.exp2(b_end)[:, None]
-        b_total = tl.sum(b_s.to(tl.float32) * b_ds, 1)  # [BK]
-        b_d = operand(b_ds, IO)
-        b_zt = tl.dot(b_d, tl.trans(b_v), input_precision=PRECISION)  # [BK, BT]
-        b_dk = (b_yt + b_zt) * tl.exp2(-b_cum)
-        store_rows(s_dk, tl.trans(b_dk.to(IO)), t, k0, row_dk, o_k, m_tk, BT, TMA)
-        # Prefix sums of kh z as total minus suffix sum: then one triangle serves both terms.
-        b_u = kh.to(tl.float32) * b_zt
-        b_total += tl.sum(b_u, 1)
-        b_dg = suffix_sum(b_p - b_u, lower, BF16) + b_total[:, None]  # [BK, BT]
-        if LOWRANK:
-            b_dz = operand(tl.where(m_t[None, :], b_dg * slope, 0.0), IO)  # [BK, BT]
-            b_db += tl.sum(b_dz.to(tl.float32), 1)
-            b_dw = tl.dot(b_dz, operand(b_x, IO), b_dw, input_precision=PRECISION)
-            b_dx = tl.dot(tl.trans(b_dz), operand(b_w, IO), input_precision=PRECISION)  # [BT, BR]
-            p_dx = dx + t.to(tl.int64) * R + row[:, None] * R + o_r[None, :]
-            tl.store(p_dx, b_dx, mask=m_t[:, None] & m_r[None, :])
-        else:
-            store_rows(s_dg, tl.trans(b_dg.to(GATE)), t, k0, row_dk, o_k, m_tk, BT, TMA)
-        if DV:
-            b_a = tl.dot(tl.trans(kh), qh, input_precision=PRECISION)  # [BT, BT], transposed
-            b_a = operand(tl.where(m_up, b_a, 0.0), IO)
-            b_dv = tl.dot(tl.trans(kh), b_d, input_precision=PRECISION)  # [BT, BV]
-            b_dv = tl.dot(b_a, b_do, b_dv, input_precision=PRECISION)
-            store_rows(s_dv, b_dv.to(IO), t, v0, row_dv, o_v, m_tv, BT, TMA)
-        b_ds = tl.dot(qh, b_do, b_ds, input_precision=PRECISION)
+            b_ds = b_ds * tl.exp2(b_end)[:, None]
+            b_total = tl.sum(b_s.to(tl.float32) * b_ds, 1)  # [BK]
+            b_d = operand(b_ds, IO)
+            b_zt = tl.dot(b_d, tl.trans(b_v), input_precision=PRECISION)  # [BK, BT]
+            b_dk = (b_yt + b_zt) * tl.exp2(-b_cum)
+            store_rows(s_dk, tl.trans(b_dk.to(IO)), t, k0, row_dk, o_k, m_tk, BT, TMA)
+            # Prefix sums of kh z as total minus suffix sum: then one triangle serves both terms.
+            b_u = kh.to(tl.float32) * b_zt
+            b_total += tl.sum(b_u, 1)
+            b_dg = suffix_sum(b_p - b_u, lower, BF16) + b_total[:, None]  # [BK, BT]
+            if LOWRANK:
+                b_dz = operand(tl.where(m_t[None, :], b_dg * slope, 0.0), IO)  # [BK, BT]
+                b_db += tl.sum(b_dz.to(tl.float32), 1)
+                b_dw = tl.dot(b_dz, operand(b_x, IO), b_dw, input_precision=PRECISION)
+                # [BT, BR]
+                b_dx = tl.dot(tl.trans(b_dz), operand(b_w, IO), input_precision=PRECISION)
+                p_dx = dx + t.to(tl.int64) * R + row[:, None] * R + o_r[None, :]
+                tl.store(p_dx, b_dx, mask=m_t[:, None] & m_r[None, :])
+            else:
+                store_rows(s_dg, tl.trans(b_dg.to(GATE)), t, k0, row_dk, o_k, m_tk, BT, TMA)
+            if DV:
+                b_a = tl.dot(tl.trans(kh), qh, input_precision=PRECISION)  # [BT, BT], transposed
+                b_a = operand(tl.where(m_up, b_a, 0.0), IO)
+                b_dv = tl.dot(tl.trans(kh), b_d, input_precision=PRECISION)  # [BT, BV]
+                b_dv = tl.dot(b_a, b_do, b_dv, input_precision=PRECISION)
+                store_rows(s_dv, b_dv.to(IO), t, v0, row_dv, o_v, m_tv, BT, TMA)
+            b_ds = tl.dot(qh, b_do, b_ds, input_precision=PRECISION)
 
     if LOWRANK:
         tl.store(dw + p_dw, b_dw, mask=m_w)

@@ -454,7 +454,7 @@ def test_rows_of_two_ops_for_one_problem(tmp_path: Path) -> None:
         write_pack(tmp_path / "q", "sm_90a", map(fake_compiled, kernels), twice, FAKE_TOOLS)
     data = json.loads((tmp_path / "p" / MANIFEST).read_text())
     data["rows"][1]["config"]["states"]["chunk"] = 32
-    with pytest.raises(PackError, match=r"rows\[1\].config: grads.chunk must be a multiple"):
+    with pytest.raises(PackError, match=r"rows\[1\].config: grads.chunk times grads.keep must be"):
         read_pack(_write(tmp_path / "p", data, sign=True))
 
 

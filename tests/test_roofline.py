@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from glac import dispatch
+from glac.backward import cut
 from glac.cli import cli
 from glac.configs import (
     BackwardConfig,
@@ -37,6 +38,7 @@ from glac.roofline import (
     chart,
     draw,
     floor_us,
+    kept_states_bytes,
     kernel_work,
     load_results,
     matrix_rate,
@@ -181,6 +183,24 @@ def test_backward_segments_add_states_in_both_directions() -> None:
     assert keep.programs * keep.steps == 4 * 1024
     assert grads.programs * grads.steps == 2 * 4 * 1024
     assert (values.programs, values.steps) == (4 * 32, 32)
+
+
+def test_states_kept_apart_take_less_memory_and_more_work() -> None:
+    every = BackwardConfig(WALK, TileKernelConfig(32, 64, 128, 4, 3), WALK)
+    apart = replace(every, grads=replace(every.grads, keep=4))
+    heads, state = PROBLEM.B * PROBLEM.H, 128 * 128 * 2
+    assert cut(PROBLEM, every).segments == 3
+    assert cut(PROBLEM, apart).segments == 1
+    # A state of all heads every 128 tokens, and four of each program's tile, half of K.
+    kept = PROBLEM.T // 128 * heads * state + 2 * heads * 4 * state // 2
+    assert kept_states_bytes(PROBLEM, apart) == kept < kept_states_bytes(PROBLEM, every)
+    one = {kernel.template: kernel for kernel in kernel_work(PROBLEM, every, H200)}
+    two = {kernel.template: kernel for kernel in kernel_work(PROBLEM, apart, H200)}
+    saved = 3 * PROBLEM.T // 128 * heads * state
+    assert one["gla_bwd"].bytes - two["gla_bwd"].bytes == saved
+    assert two["gla_states"].bytes < one["gla_states"].bytes - saved
+    assert two["gla_bwd"].flops > one["gla_bwd"].flops
+    assert two["gla_bwd"].exps > one["gla_bwd"].exps
 
 
 def test_grouped_heads_move_less() -> None:

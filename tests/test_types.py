@@ -415,7 +415,7 @@ def _tile(**changes: Any) -> TileKernelConfig:
         ({"dv": None}, "dv must be given exactly when"),
         ({"dv": _chunk(block_v=256)}, "dv.block_v 256 exceeds V padded to 128"),
         ({"states": _chunk(chunk=8)}, "states.chunk must be one of"),
-        ({"states": _chunk(chunk=64)}, "grads.chunk must be a multiple of states.chunk 64"),
+        ({"states": _chunk(chunk=64)}, "must be a multiple of states.chunk 64"),
     ],
 )
 def test_illegal_backward(changes: dict[str, Any], reason: str) -> None:

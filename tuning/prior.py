@@ -100,7 +100,7 @@ def predicted_us(problem: Problem, config: Config, gpu: GpuSpec) -> float:
     v_tiles = math.ceil(padded_v(spec) / grads.block_v)
     k_tiles = math.ceil(padded_k(spec) / grads.block_k)
     states = problem.B * problem.H * spec.K * spec.V * spec.dtype.itemsize
-    states *= math.ceil(problem.T / grads.chunk)
+    states *= math.ceil(problem.T / grads.kept_tokens)
     moved = rows * (2 * k_bytes * v_tiles + 2 * v_bytes * k_tiles) + states
     seconds = _walk_seconds(problem, grads, gpu, moved, 8 if grads.dv else 6)
     moved = rows * (k_bytes * math.ceil(padded_v(spec) / config.states.block_v) + v_bytes) + states

@@ -46,7 +46,7 @@ COLUMNS = ("B", "T", "H", "K", "V", "gate", "config", "status", "us")
 REPLAY_SESSION = "glac.tuning.replay:replay_session"
 
 _WALK = re.compile(r"c(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?")
-_TILE = re.compile(r"c(\d+)_bk(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?(_dv)?")
+_TILE = re.compile(r"c(\d+)_bk(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?(_dv)?(?:_k(\d+))?")
 _PREPARE = re.compile(r"c(\d+)_bk(\d+)_w(\d+)_s(\d+)")
 _DECODE = re.compile(r"bv(\d+)_w(\d+)(?:_r(\d+))?")
 _GATE = re.compile(r"([a-z]+)(\d*)")
@@ -66,7 +66,8 @@ def _tile(slug: str) -> TileKernelConfig:
         raise ValueError(f"{slug!r} is no tile such as c32_bk64_bv64_w4_s3_dv")
     chunk, block_k, block_v, warps, stages = map(int, found.groups()[:5])
     tma, dv = found.group(6) is not None, found.group(7) is not None
-    return TileKernelConfig(chunk, block_k, block_v, warps, stages, tma, dv)
+    keep = int(found.group(8) or 1)
+    return TileKernelConfig(chunk, block_k, block_v, warps, stages, tma, dv, keep)
 
 
 def _prepare(slug: str) -> PrepareKernelConfig:

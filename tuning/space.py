@@ -11,8 +11,10 @@ Forward:
 Backward, the three kernels one after the other, so that each list is short:
 
     gradients of q, k, gate (and v)       chunk 16 32, block_k and block_v to 128, warps 4 8,
-                                          stages 2 3 4, tma; with v only where a tile has all of K
-    states, gradient of v                 as forward, without segments
+                                          stages 2 3 4, tma; with v only where a tile has all of K;
+                                          states kept every chunk, or every 4 or 8
+    states, gradient of v                 as forward
+    segment                               what suits the heads and the length, or 0
 
 Scalar gate: the same tiles forward, each with the state either way round; backward a few of them
 for each kernel. Decoding: block_v and warps.
@@ -49,6 +51,7 @@ from glac.configs import (
     grads_illegal,
     padded_k,
     padded_v,
+    suitable_segment,
     why_illegal,
 )
 from glac.errors import ConfigError
@@ -58,8 +61,11 @@ from glac.suites import SUITES as SUITES
 from glac.suites import make_problem as make_problem
 
 BLOCKS_V = (32, 64, 128, 256)
-GRADS_TRIED, WHOLE_TRIED, STATES_TRIED, DV_TRIED = 5, 4, 3, 8
+GRADS_TRIED, WHOLE_TRIED, STATES_TRIED, DV_TRIED = 5, 3, 3, 8
 """Of a backward problem: gradient kernels without and with dv, states kernels, dv kernels."""
+KEEPS_TRIED = (4, 8)
+"""Chunks between kept states, beside 1 and without dv. On an H100 2 lost to 4 wherever it was
+timed, and with dv, where one program fills an SM, 4 and 8 gained nothing."""
 SCALAR_STATES_TRIED = 3
 """Of a backward problem with a scalar gate: states kernels for each gradient kernel."""
 PREPARES = {
@@ -304,18 +310,26 @@ def _backward_configs(
 ) -> list[BackwardConfig]:
     """All combinations of a few choices for each kernel."""
     spec = problem.spec
+    room = 64 if gpu.capability >= (9, 0) else 32  # registers; 1500 bytes of spills on Ampere
     walks = [t for t in _walks(spec, gpu) if t.block_v <= padded_v(spec)]
     # For the values' gradient every tile once: which one wins changes with the number of heads.
     by_tile: dict[tuple[int, int, int], ChunkKernelConfig] = {}
     for tile in walks:
         by_tile.setdefault((tile.chunk, tile.block_v, tile.num_warps), tile)
+    kept_apart: list[TileKernelConfig] = []
+    for grads in _grads_tiles(spec, gpu, dv=False):
+        # The state that is walked again lives beside the state's gradient.
+        if grads.block_k * grads.block_v // (32 * grads.num_warps) <= room and not kept_apart:
+            kept_apart = [replace(grads, keep=keep) for keep in KEEPS_TRIED]
     found = []
     for dv in (False, True):
-        for grads in _grads_tiles(spec, gpu, dv):
-            states = [t for t in walks if grads.chunk % t.chunk == 0][:STATES_TRIED]
+        for grads in (*_grads_tiles(spec, gpu, dv), *(() if dv else kept_apart)):
+            states = [t for t in walks if grads.chunk % t.chunk == 0]
+            states = states[: STATES_TRIED if grads.keep == 1 else 1]
             values = [None] if dv else list(by_tile.values())[:DV_TRIED]
             found += [BackwardConfig(s, grads, v) for s in states for v in values]
-    legal = [c for c in found if why_illegal(spec, c, gpu) is None and c != default]
+    cut = [replace(c, segment=suitable_segment(c, spec, problem.bucket, gpu)) for c in found]
+    legal = [c for c in cut if why_illegal(spec, c, gpu) is None and c != default]
     legal.sort(key=lambda c: (_grads_prior(c.grads, spec, gpu), c.slug))
     return legal
 

@@ -225,11 +225,12 @@ def backward_config(
     states_chunk: int = 0,
     dv_chunk: int = 0,
     tma: bool = False,
+    keep: int = 1,
 ) -> BackwardConfig:
     """``dv_chunk`` is that of ``gla_bwd_dv``; 0: ``gla_bwd`` makes dv itself."""
     return BackwardConfig(
         ChunkKernelConfig(states_chunk or chunk, 16, 4, 2, tma),
-        TileKernelConfig(chunk, block_k, block_v, 4, 2, tma, dv=not dv_chunk),
+        TileKernelConfig(chunk, block_k, block_v, 4, 2, tma, dv=not dv_chunk, keep=keep),
         ChunkKernelConfig(dv_chunk, block_v, 4, 2, tma) if dv_chunk else None,
     )
 
@@ -245,6 +246,7 @@ def backward_configs(draw: st.DrawFn) -> BackwardConfig:
         states_chunk=draw(st.sampled_from([16, chunk])),
         dv_chunk=draw(st.sampled_from([0, 16, 32])),
         tma=draw(st.booleans()),
+        keep=draw(st.sampled_from([1, 2, 4])),
     )
 
 
@@ -262,6 +264,7 @@ def fitted(x: Inputs, cfg: BackwardConfig) -> BackwardConfig:
         states_chunk=cfg.states.chunk,
         dv_chunk=dv_chunk or (16 if block_k < padded_k(spec) else 0),
         tma=cfg.grads.tma and aligned,
+        keep=cfg.grads.keep,
     )
 
 

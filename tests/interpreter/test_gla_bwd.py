@@ -46,6 +46,8 @@ CONFIGS = {
     "K and V tiles": (24, 24, backward_config(16, 16, 16, dv_chunk=32)),
     "wide tiles": (20, 20, backward_config(16, 32, 32)),
     "wide descriptors": (24, 36, backward_config(32, 16, 32, dv_chunk=16, tma=True)),
+    "states between": (24, 20, backward_config(16, 16, 16, dv_chunk=16, keep=2)),
+    "states between by descriptors": (16, 24, backward_config(16, tma=True, keep=4)),
 }
 EVERY_CONFIG = pytest.mark.parametrize("name", CONFIGS)
 

@@ -21,6 +21,7 @@ from glac.problem import DType, Gate, Op, Problem
 from glac.tuning.propose import coordinates
 from glac.tuning.space import (
     EXHAUSTIVE,
+    KEEPS_TRIED,
     QUICK_CANDIDATES,
     SUITES,
     Space,
@@ -93,6 +94,14 @@ def test_backward_can_be_tried_whole(problem: Problem) -> None:
         assert {c.dv is None for c in found} == {True, False}
     assert any(c.grads.tma for c in found)
     assert not any(c.grads.tma or c.states.tma for c in backward(problem, "a100"))
+    assert {c.grads.keep for c in found} == {c.grads.keep for c in backward(problem, "a100")}
+    assert {c.grads.keep for c in found} == {1, *KEEPS_TRIED}
+
+
+def test_backward_candidates_fill_the_gpu_with_segments() -> None:
+    few, many = make_problem((2, 16384, 16, 128, 128)), make_problem((4, 4096, 64, 128, 128))
+    assert {c.segment for c in backward(few)} == {4096, 8192}  # by how many tiles share a head
+    assert {c.segment for c in backward(many)} == {0}
 
 
 def test_prepared_passes_only_where_a_head_has_several_tiles() -> None:
