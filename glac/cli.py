@@ -498,8 +498,11 @@ def _emit_c(packs: Sequence[Pack], folder: Path) -> list[Path]:
     from glac.emit_c import left_out, write_c
 
     for item in packs:
-        for row in left_out(item):
-            note = f"{row.spec.slug} for {row.gpu} walks prepared chunks: no C function"
+        notes = [
+            f"no C function for {row.op.value} of {row.spec.slug}: {why}"
+            for row, why in left_out(item)
+        ]
+        for note in dict.fromkeys(notes):
             click.echo(f"warning: {note}", err=True)
     return [path for item in packs for path in write_c(item, folder)]
 

@@ -22,13 +22,20 @@ from typing import Any
 import pytest
 import torch
 
-from glac import dispatch, emit_c, validate
+from glac import dispatch, emit_c, scalar, validate
+from glac.backward import run_backward
 from glac.configs import (
+    BackwardConfig,
     ChunkKernelConfig,
+    Config,
     DecodeConfig,
     DecodeKernelConfig,
     ForwardConfig,
     PrepareKernelConfig,
+    ScalarBackwardConfig,
+    ScalarForwardConfig,
+    TileKernelConfig,
+    TurnedKernelConfig,
 )
 from glac.decode import DecodeInputs, Gated, Want, _check, launch, run_launch
 from glac.emit_c import c_sources, function_names, left_out, write_c
@@ -40,18 +47,28 @@ from glac.kernelspec import config_kernels
 from glac.pack import Pack, PackRow, read_pack, write_pack
 from glac.plan import Plan
 from glac.problem import Bucket, DType, Gate, Op, Problem, Specialisation
+from glac.scalar import ScalarInputs
+from glac.settings import scratch_bytes
 from glac.validate import check_lowrank, check_vector
-from tests.helpers_packs import BACKWARD, FAKE_TOOLS, VECTOR, fake_compiled, fake_pack
+from tests.helpers_packs import FAKE_TOOLS, fake_compiled, fake_pack
 
 ROOT = Path(__file__).resolve().parent.parent
 K, V, RANK = 64, 48, 16
 CHUNK = ChunkKernelConfig(chunk=32, block_v=16, num_warps=4, num_stages=2)
 DENSE = Specialisation(K, V, DType.BF16, Gate.VECTOR, DType.FP32)
 LOWRANK = Specialisation(K, V, DType.BF16, Gate.LOWRANK, DType.BF16, RANK)
+SCALAR = Specialisation(K, V, DType.BF16, Gate.SCALAR, DType.FP32)
 WHOLE, SPLIT = ForwardConfig(CHUNK), ForwardConfig(CHUNK, 64, CHUNK)
 PREPARED = ForwardConfig(CHUNK, prepare=PrepareKernelConfig(32, 16, 4, 2))
-SCALAR = Specialisation(K, V, DType.BF16, Gate.SCALAR, DType.FP32)
+PREPARED_SPLIT = replace(PREPARED, segment=64, summary=CHUNK)
+ONE_NUMBER = ScalarForwardConfig(TurnedKernelConfig(32, 16, 4, 2))
+ONE_NUMBER_BACK = ScalarBackwardConfig(CHUNK, CHUNK)
+BACK = BackwardConfig(CHUNK, TileKernelConfig(32, 64, 64, 4, 2, dv=True))
+BACK_CUT = BackwardConfig(CHUNK, TileKernelConfig(32, 32, 64, 4, 2, keep=2), CHUNK, 64)
+BACK_IN_TILES = BackwardConfig(CHUNK, TileKernelConfig(32, 32, 16, 4, 2), CHUNK)
 DECODE = DecodeConfig(DecodeKernelConfig(block_v=16, num_warps=2))
+BASE = 1 << 40
+"""Where workspaces are said to be."""
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
@@ -80,8 +97,8 @@ int cuLaunchKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned bx, uns
   FILE *out = notes();
   if (y != 1 || z != 1 || by != 1 || bz != 1 || extra || stream != (void *)77) return 1;
   for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
-    if (strcmp(table[i].name, f)) continue;
-    fprintf(out, "%s %u %u %u", (const char *)f, x, bx, shared);
+    if (strncmp(table[i].name, f, strlen(table[i].name))) continue; /* code has no final 0 */
+    fprintf(out, "%s %u %u %u", table[i].name, x, bx, shared);
     for (size_t a = 0; table[i].sizes[a]; a++) {
       fprintf(out, " ");
       for (int b = 0; b < table[i].sizes[a] - '0'; b++)
@@ -116,44 +133,21 @@ int cuGetErrorString(int code, const char **text) { *text = "an error"; return !
 
 # Runs in a process of its own, which finds the stand-in by LD_LIBRARY_PATH.
 CALLER = """
-import ctypes, json, sys
-library, function, prefix, fields, workspace = json.loads(sys.argv[1])
-decode = "_decode_" in function
-STRIDES = "q_b q_t q_h k_b k_t k_h v_b v_t v_h g_b g_t g_h x_b x_t"
-SIZES = "B T Hq Hk Hs N"
-POINTERS = "q k v g x w bias cu"
-if decode:
-    POINTERS += " from to indices o"
-    STRIDES += " from_n from_h"
-    SIZES += " slots index_bytes from_dtype to_dtype in_place every"
-else:
-    POINTERS += " h0 o ht"
-    SIZES += " segment"
-class Call(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_uint64) for name in POINTERS.split()),
-        *((name, ctypes.c_int64) for name in STRIDES.split()),
-        *((name, ctypes.c_int32) for name in SIZES.split()),
-        *((name, ctypes.c_double) for name in "scale inv_normalizer clamp".split()),
-    ]
-code = ctypes.CDLL(library)
-handle = ctypes.c_void_p()
-status = getattr(code, prefix + "_open")(ctypes.byref(handle))
+import json, sys
+from pathlib import Path
+from tests.helpers_c import Library
+header, library, function, base, fields, given = json.loads(sys.argv[1])
+code = Library(Path(header), Path(library))
+status = code.open()
 if status == 0:
-    call = Call(**fields)
-    arguments = [handle, ctypes.byref(call)]
-    if not decode:
-        ask = getattr(code, function + "_workspace")
-        ask.restype = ctypes.c_size_t
-        size = ask(ctypes.byref(call))
+    size = code.workspace(function, fields)
+    place = None
+    if size is not None:
         print(size, end=" ")
-        given = ctypes.c_size_t(size if workspace is None else workspace)
-        arguments += [ctypes.c_uint64(1 << 40), given]
-    status = getattr(code, function)(*arguments, ctypes.c_void_p(77))
-    getattr(code, prefix + "_close")(handle)
-text = getattr(code, prefix + "_error")
-text.restype = ctypes.c_char_p
-print(status, text(status).decode())
+        place = base, size if given is None else given
+    status = code.run(function, fields, 77, place)
+    code.close()
+print(status, code.error(status))
 """
 
 
@@ -165,8 +159,15 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
         PackRow.make("h200", "heuristic", "", DENSE, Bucket(7, 9), WHOLE),
         PackRow.make("h100", "tuned", "Some GPU", LOWRANK, Bucket(5, 9), SPLIT),
         PackRow.make("h200", "heuristic", "", LOWRANK, Bucket(5, 9), WHOLE),
-        PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), BACKWARD),
-        PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), PREPARED),
+        PackRow.make("h100", "tuned", "", DENSE, Bucket(9, 9), PREPARED),
+        PackRow.make("h100", "tuned", "", DENSE, Bucket(9, 13), PREPARED_SPLIT),
+        PackRow.make("h100", "tuned", "", LOWRANK, Bucket(9, 13), PREPARED_SPLIT),
+        PackRow.make("h100", "tuned", "", SCALAR, Bucket(5, 9), ONE_NUMBER),
+        PackRow.make("h100", "tuned", "", SCALAR, Bucket(5, 9), ONE_NUMBER_BACK),
+        PackRow.make("h100", "tuned", "", DENSE, Bucket(5, 9), BACK),
+        PackRow.make("h100", "tuned", "", DENSE, Bucket(5, 13), BACK_CUT),
+        PackRow.make("h100", "tuned", "", LOWRANK, Bucket(5, 9), BACK),
+        PackRow.make("h100", "tuned", "", DENSE, Bucket(7, 9), BACK_IN_TILES),
         *(
             PackRow.make("h100", "heuristic", "", spec, Bucket(9, bucket), DECODE)
             for spec in (DENSE, LOWRANK, SCALAR)
@@ -183,15 +184,25 @@ NAMES = {
     (DENSE, WHOLE): "glac_sm90a_fwd_k64_v48_vector_bf16_gfp32_bh7_t9",
     (LOWRANK, SPLIT): "glac_sm90a_fwd_k64_v48_lowrank16_bf16_bh5_t9",
     (LOWRANK, WHOLE): "glac_sm90a_fwd_k64_v48_lowrank16_bf16_bh5_t9_h200",
+    (DENSE, PREPARED): "glac_sm90a_fwd_k64_v48_vector_bf16_gfp32_bh9_t9",
+    (DENSE, PREPARED_SPLIT): "glac_sm90a_fwd_k64_v48_vector_bf16_gfp32_bh9_t13",
+    (LOWRANK, PREPARED_SPLIT): "glac_sm90a_fwd_k64_v48_lowrank16_bf16_bh9_t13",
+    (DENSE, BACK): "glac_sm90a_bwd_k64_v48_vector_bf16_gfp32_bh5_t9",
+    (DENSE, BACK_CUT): "glac_sm90a_bwd_k64_v48_vector_bf16_gfp32_bh5_t13",
+    (SCALAR, ONE_NUMBER): "glac_sm90a_fwd_k64_v48_scalar_bf16_gfp32_bh5_t9",
+    (SCALAR, ONE_NUMBER_BACK): "glac_sm90a_bwd_k64_v48_scalar_bf16_gfp32_bh5_t9",
     (DENSE, DECODE): "glac_sm90a_decode_k64_v48_vector_bf16_gfp32_bh9_t0",
     (LOWRANK, DECODE): "glac_sm90a_decode_k64_v48_lowrank16_bf16_bh9_t0",
     (SCALAR, DECODE): "glac_sm90a_decode_k64_v48_scalar_bf16_gfp32_bh9_t0",
 }
 
 
-def test_rows_of_prepared_chunks_have_no_function(pack: Pack) -> None:
+def test_rows_whose_results_pytorch_adds_up_have_no_function(pack: Pack) -> None:
     assert set(function_names(pack)) == set(NAMES)
-    assert [(row.spec, row.config) for row in left_out(pack)] == [(VECTOR, PREPARED)]
+    assert [(row.spec, row.config, reason) for row, reason in left_out(pack)] == [
+        (LOWRANK, BACK, "PyTorch sums up the gradients of a low-rank gate from parts"),
+        (DENSE, BACK_IN_TILES, "PyTorch adds up gradients of 3 tiles of V"),
+    ]
 
 
 class Built:
@@ -236,10 +247,11 @@ class Built:
     ) -> tuple[str, list[list[str]]]:
         """What was returned, and what was launched."""
         self.notes.write_text("")
-        request = [str(self.library), function, "glac_sm90a", fields, workspace]
+        header = str(self.folder / "glac_sm_90a.h")
+        request = [header, str(self.library), function, BASE, fields, workspace]
         done = subprocess.run(
             [sys.executable, "-c", CALLER, json.dumps(request)],
-            env={**os.environ, "LD_LIBRARY_PATH": str(self.folder)},
+            env={**os.environ, "LD_LIBRARY_PATH": str(self.folder), "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             check=True,
@@ -252,20 +264,63 @@ def built(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(pack, tmp_path_factory.mktemp("built"))
 
 
-class Recorder:
-    """A kernel that takes notes in the form that the stand-in does."""
+class Notes:
+    """What Python launches, in the form that the stand-in notes it."""
 
-    def __init__(self, pack: Pack, name: str, notes: list[list[str]]) -> None:
-        self.info, self.notes = pack.kernels[name], notes
+    def __init__(self, pack: Pack, spec: Specialisation, config: Config) -> None:
+        self.pack = pack
+        self.lines: list[list[str]] = []
+        self.memory: dict[int, torch.UntypedStorage] = {}  # kept: no address is used twice
+        self.kernels = {
+            kernel.template: Recorder(self, kernel.name)
+            for kernel in config_kernels(spec, config, "sm_90a")
+        }
+
+    def compare(self, got: list[list[str]], workspace: int = 0) -> None:
+        """Whether C launched the same, with memory of its own for what Python allocates."""
+        assert len(got) == len(self.lines)
+        places: dict[int, int] = {}
+        for ours, theirs in zip(got, self.lines, strict=True):
+            args = [("kernel", ""), ("grid", ""), ("threads", ""), ("shared", "")]
+            args += [*self.pack.kernels[ours[0]].args, ("scratch", "*"), ("profile", "*")]
+            for (name, kind), mine, other in zip(args, ours, theirs, strict=True):
+                where = f"{name} of {ours[0]}"
+                address = _number(mine) if kind.startswith("*") else 0
+                if not BASE <= address < BASE + workspace:
+                    assert mine == other, where
+                    continue
+                assert _number(other), where
+                storage = self.memory[_number(other)]
+                begin = address - (_number(other) - storage.data_ptr())
+                assert places.setdefault(storage.data_ptr(), begin) == begin, where
+        end = BASE
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in self.memory.values()}
+        for memory, begin in sorted(places.items(), key=lambda item: item[1]):
+            assert end <= begin
+            end = begin + sizes[memory]
+        assert end <= BASE + workspace
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(bytes.fromhex(text), "little")
+
+
+class Recorder:
+    """A kernel that takes notes."""
+
+    def __init__(self, notes: Notes, name: str) -> None:
+        self.info, self.notes = notes.pack.kernels[name], notes
 
     def run(self, tensors: Any, scalars: Any, grid: int) -> None:
+        given = {t.data_ptr(): t.untyped_storage() for t in tensors if t is not None}
+        self.notes.memory.update(given)
         values = [0 if t is None else t.data_ptr() for t in tensors] + list(scalars)
         info = self.info
         texts = [info.name, str(grid), str(32 * info.num_warps), str(info.shared)]
         for (_, kind), value in zip(info.args, values, strict=True):
             code = "<Q" if kind.startswith("*") else {"i32": "<i", "fp32": "<f"}[kind]
             texts.append(struct.pack(code, value).hex())
-        self.notes.append([*texts, "00" * 8, "00" * 8])
+        self.notes.lines.append([*texts, "00" * 8, "00" * 8])
 
 
 def _spread(x: torch.Tensor) -> torch.Tensor:
@@ -292,14 +347,20 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @needs_gcc
-@pytest.mark.parametrize("spec", [DENSE, LOWRANK], ids=["dense", "lowrank"])
 @pytest.mark.parametrize(
-    ("config", "case"),
+    ("spec", "config", "case"),
     [
-        pytest.param(config, case, id=f"{name}-{case}")
-        for config, name in ((SPLIT, "split"), (WHOLE, "whole"))
+        pytest.param(spec, config, case, id=f"{spec.gate.value}-{name}-{case}")
+        for config, name in (
+            (SPLIT, "split"),
+            (WHOLE, "whole"),
+            (PREPARED_SPLIT, "prepared, split"),
+            (PREPARED, "prepared"),
+        )
+        for spec in (DENSE, LOWRANK)
         for case in CASES
-        if config is SPLIT or CASES[case].get("segment", 0) <= 0  # the other has no kernels for it
+        # The others have no kernels to cut with.
+        if (config.summary or CASES[case].get("segment", 0) <= 0) and (spec, config) in NAMES
     ],
 )
 def test_launches_are_those_of_python(
@@ -326,13 +387,9 @@ def test_launches_are_those_of_python(
         x, w, bias = make(B, T, RANK), make(Hs * K, RANK), make(Hs * K)
         gate, named = GateInput((x, w, bias), 1 / 16.0, -3.25), {"x": x, "w": w, "bias": bias}
         problem = check_lowrank(q, k, v, x, w, bias, h0, cu)
-    wanted: list[list[str]] = []
-    kernels = {
-        kernel.template: Recorder(pack, kernel.name, wanted)
-        for kernel in config_kernels(spec, config, "sm_90a")
-    }
+    notes = Notes(pack, spec, config)
     cut = replace(config, segment=max(segment, 0)) if segment else config
-    plan = Plan(problem, cut, kernels)
+    plan = Plan(problem, cut, notes.kernels)
     o, ht = run_forward(plan, q, k, v, gate, 0.125, h0, bool(options.get("states")), cu)
 
     tensors = {"q": q, "k": k, "v": v, "cu": cu, "h0": h0, "o": o, "ht": ht, **named}
@@ -347,19 +404,154 @@ def test_launches_are_those_of_python(
     fields.update(scale=0.125, inv_normalizer=gate.inv_normalizer, clamp=gate.clamp)
     answer, got = built.call(NAMES[spec, config], fields)
     assert answer.split(maxsplit=1)[1] == "0 done"
-    _compare(pack, got, wanted)
+    notes.compare(got, int(answer.split()[0]))
 
 
-def _compare(pack: Pack, got: list[list[str]], wanted: list[list[str]]) -> None:
-    assert len(got) == len(wanted)
-    for ours, theirs in zip(got, wanted, strict=True):
-        info = pack.kernels[ours[0]]
-        names = ["kernel", "grid", "threads", "shared", *(name for name, _ in info.args)]
-        for name, mine, other in zip([*names, "scratch", "profile"], ours, theirs, strict=True):
-            if name in ("states", "starts", "decay"):  # each has its own memory for these
-                assert (int(mine, 16) == 0) == (int(other, 16) == 0), (info.name, name)
-            else:
-                assert mine == other, (info.name, name)
+SCALAR_CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one token": {"T": 1},
+    "states": {"states": True},
+    "strides": {"spread": True, "T": 100},
+    "packed": {"B": 1, "cu": (0, 70, 70, 300), "states": True},
+    "one gate for each head": {"gate": "head"},
+    "no gate": {"gate": None},
+}
+
+
+def _scalar_call(
+    case: str, heads: tuple[int, int, int] = (4, 4, 4)
+) -> tuple[ScalarInputs, dict[str, Any]]:
+    """Tensors of a case, and the fields of a C call for them."""
+    options: dict[str, Any] = {"B": 2, "T": 300, "gate": "token", **SCALAR_CASES.get(case, {})}
+    B, T = options["B"], options["T"]
+    sequences = len(options["cu"]) - 1 if "cu" in options else B
+    Hq, Hk, Hs = heads
+    q, k, v = (
+        torch.zeros(B, T, count, dim, dtype=torch.bfloat16)
+        for count, dim in ((Hq, K), (Hk, K), (Hs, V))
+    )
+    g = None
+    if options["gate"] is not None:
+        g = torch.zeros((Hs,) if options["gate"] == "head" else (B, T, Hs))
+    spread = bool(options.get("spread"))
+    if spread:
+        assert g is not None
+        q, k, v, g = _spread(q), _spread(k), _spread(v), torch.stack((g, g), -1)[..., 0]
+    h0 = torch.zeros(sequences, Hs, K, V) if options.get("states") else None
+    cu = torch.tensor(options["cu"], dtype=torch.int32) if "cu" in options else None
+    given = {"q": q, "k": k, "v": v, "g": g, "h0": h0, "cu": cu}
+    fields: dict[str, Any] = {n: 0 if t is None else t.data_ptr() for n, t in given.items()}
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("g", g)):
+        if spread and tensor is not None:
+            fields.update(zip((f"{name}_{a}" for a in "bth"), tensor.stride(), strict=False))
+    if options["gate"] == "head":
+        fields["g_h"] = 1
+    fields.update(B=B, T=T, Hq=Hq, Hk=Hk, Hs=Hs, N=sequences, scale=0.125)
+    return ScalarInputs(q, k, v, g, h0, cu), fields
+
+
+@needs_gcc
+@pytest.mark.parametrize(
+    ("case", "heads"),
+    [*((case, (4, 4, 4)) for case in SCALAR_CASES), ("groups", (2, 1, 4)), ("shared", (8, 2, 4))],
+)
+def test_scalar_gates_launch_what_python_does(
+    pack: Pack, built: Built, case: str, heads: tuple[int, int, int]
+) -> None:
+    inputs, fields = _scalar_call(case, heads)
+    checked = scalar.check(inputs)
+    assert checked.problem.spec == SCALAR
+    notes = Notes(pack, SCALAR, ONE_NUMBER)
+    plan = Plan(checked.problem, ONE_NUMBER, notes.kernels)
+    o, ht = scalar.run_forward(
+        plan, checked.groups, inputs, 0.125, inputs.initial_state is not None
+    )
+    fields.update(o=o.data_ptr(), ht=0 if ht is None else ht.data_ptr())
+    answer, got = built.call(NAMES[SCALAR, ONE_NUMBER], fields)
+    assert answer == "0 0 done"
+    notes.compare(got)
+
+
+@needs_gcc
+@pytest.mark.parametrize("case", SCALAR_CASES)
+def test_gradients_of_scalar_gates_launch_what_python_does(
+    pack: Pack, built: Built, case: str
+) -> None:
+    inputs, fields = _scalar_call(case)
+    states = inputs.initial_state is not None
+    checked = scalar.check(inputs)
+    notes = Notes(pack, SCALAR, ONE_NUMBER_BACK)
+    plan = Plan(checked.problem, ONE_NUMBER_BACK, notes.kernels)
+    do = torch.zeros(inputs.v.shape, dtype=torch.bfloat16)
+    if case == "strides":
+        do = _spread(do)
+        fields.update(zip(("do_b", "do_t", "do_h"), do.stride(), strict=False))
+    dht = torch.zeros(inputs.sequences, 4, K, V) if states else None
+    wanted = {"want_dg": inputs.g is not None, "want_dh0": states}
+    results = scalar.run_backward(plan, checked.groups, inputs, 0.125, do, dht, **wanted)
+    names = ("dq", "dk", "dv", "dg", "dh0")
+    tensors = {**dict(zip(names, results, strict=True)), "dout": do, "dht": dht}
+    fields.update((n, 0 if t is None else t.data_ptr()) for n, t in tensors.items())
+    heads = fields.pop("Hs")
+    del fields["Hq"], fields["Hk"]
+    answer, got = built.call(NAMES[SCALAR, ONE_NUMBER_BACK], {**fields, "H": heads})
+    assert answer.split(maxsplit=1)[1] == "0 done"
+    notes.compare(got, int(answer.split()[0]))
+
+
+BACK_CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one token": {"T": 1},
+    "states": {"states": True},
+    "strides": {"spread": True, "T": 100},
+    "windows": {"scratch": 0, "states": True},
+    "packed": {"B": 1, "cu": (0, 70, 70, 300), "states": True},
+    "packed and short": {"B": 1, "T": 50, "cu": (0, 20, 50)},
+    "segments": {"segment": 128, "T": 3000, "states": True},
+    "segments, few at once": {"segment": 64, "T": 9000, "heads": 32, "scratch": 0},
+    "segments, some at once": {"segment": 128, "T": 9000, "heads": 32, "scratch": 16},
+    "packed, segments": {"B": 1, "cu": (0, 70, 70, 300), "segment": 64, "states": True},
+    "not cut": {"segment": -1},
+}
+
+
+@needs_gcc
+@pytest.mark.parametrize("config", [BACK, BACK_CUT], ids=["whole", "cut"])
+@pytest.mark.parametrize("case", BACK_CASES)
+def test_gradients_launch_what_python_does(
+    pack: Pack, built: Built, monkeypatch: pytest.MonkeyPatch, config: BackwardConfig, case: str
+) -> None:
+    options: dict[str, Any] = {"B": 2, "T": 300, "heads": 4, "segment": 0, **BACK_CASES[case]}
+    B, T, H, segment = (options[name] for name in ("B", "T", "heads", "segment"))
+    sequences = len(options["cu"]) - 1 if "cu" in options else B
+    states, spread = bool(options.get("states")), bool(options.get("spread"))
+
+    def make(dim: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        x = torch.empty(B, T, H, dim, dtype=dtype)
+        return _spread(x) if spread else x
+
+    q, k, v, do, g = make(K), make(K), make(V), make(V), make(K, torch.float32)
+    h0, dht = (torch.empty(sequences, H, K, V) if states else None for _ in range(2))
+    cu = torch.tensor(options["cu"], dtype=torch.int32) if "cu" in options else None
+    if "scratch" in options:
+        monkeypatch.setenv("GLAC_SCRATCH_MIB", str(options["scratch"]))
+    notes = Notes(pack, DENSE, config)
+    cut = replace(config, segment=max(segment, 0)) if segment else config
+    plan = Plan(check_vector(q, k, v, g, h0, cu), cut, notes.kernels)
+    dq, dk, dv, (dg,), dh0 = run_backward(
+        plan, q, k, v, GateInput((g,)), 0.125, h0, do, dht, dh0=states, cu=cu
+    )
+    tensors = {"q": q, "k": k, "v": v, "g": g, "cu": cu, "h0": h0, "dout": do, "dht": dht}
+    tensors.update(dq=dq, dk=dk, dv=dv, dg=dg, dh0=dh0)
+    fields: dict[str, Any] = {n: 0 if t is None else t.data_ptr() for n, t in tensors.items()}
+    if spread:
+        for name, tensor in (("q", q), ("k", k), ("v", v), ("do", do), ("g", g)):
+            fields.update(zip((f"{name}_{a}" for a in "bth"), tensor.stride(), strict=False))
+    fields.update(B=B, T=T, H=H, N=sequences, segment=segment, scale=0.125)
+    fields["keep_bytes"] = max(1, options["scratch"] << 20) if "scratch" in options else 0
+    answer, got = built.call(NAMES[DENSE, config], fields)
+    assert answer.split(maxsplit=1)[1] == "0 done"
+    notes.compare(got, int(answer.split()[0]))
 
 
 DECODE_CASES: dict[str, dict[str, Any]] = {
@@ -433,9 +625,8 @@ def test_decoding_launches_what_python_does(
     inputs = DecodeInputs(q, k, v, gate, state, indices, cu)
     problem, groups = _check(inputs, want)
     assert problem.spec == spec
-    wanted: list[list[str]] = []
-    (kernel,) = config_kernels(spec, DECODE, "sm_90a")
-    plan = Plan(problem, DECODE, {"gla_decode": Recorder(pack, kernel.name, wanted)})
+    notes = Notes(pack, spec, DECODE)
+    plan = Plan(problem, DECODE, notes.kernels)
     o, new = run_launch(launch(plan, groups, inputs, want), inputs, want, numbers)
 
     x = gate.x
@@ -460,7 +651,7 @@ def test_decoding_launches_what_python_does(
     fields.update(scale=0.125, inv_normalizer=1 / 16.0, clamp=-3.25)
     answer, got = built.call(NAMES[spec, DECODE], fields)
     assert answer == "0 done"
-    _compare(pack, got, wanted)
+    notes.compare(got)
 
 
 def _good() -> dict[str, Any]:
@@ -468,7 +659,9 @@ def _good() -> dict[str, Any]:
     return {**fields, "B": 2, "T": 300, "Hq": 4, "Hk": 4, "Hs": 4, "scale": 1.0}
 
 
-def test_limits_are_those_of_python() -> None:
+def test_limits_are_those_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLAC_SCRATCH_MIB", raising=False)
+    assert scratch_bytes() == emit_c.KEEP_BYTES
     assert emit_c.MAX_TOKEN_STRIDE == validate.MAX_TOKEN_STRIDE
     assert emit_c.MAX_TOKENS == validate.MAX_TOKENS
 
@@ -500,8 +693,9 @@ def test_wrong_calls_are_refused(built: Built, change: dict[str, Any], message: 
 
 
 @needs_gcc
-def test_segments_without_kernels_for_them_are_refused(built: Built) -> None:
-    answer, launched = built.call(NAMES[DENSE, WHOLE], {**_good(), "segment": 64})
+@pytest.mark.parametrize("row", [(DENSE, WHOLE), (DENSE, PREPARED), (SCALAR, ONE_NUMBER)])
+def test_segments_without_kernels_for_them_are_refused(built: Built, row: Any) -> None:
+    answer, launched = built.call(NAMES[row], {**_good(), "segment": 64})
     assert answer.startswith("0 -9 a segment is no multiple of the row's step, or the row cannot")
     assert launched == []
 
@@ -541,6 +735,39 @@ def test_wrong_calls_of_decoding_are_refused(
 
 
 @needs_gcc
+@pytest.mark.parametrize(
+    ("spec", "change", "message"),
+    [
+        (SCALAR, {"dout": 0}, "-1 a pointer"),
+        (SCALAR, {"dk": 0}, "-1 a pointer"),
+        (SCALAR, {"dg": 8}, "-2 a pointer"),
+        (SCALAR, {"g": (1 << 30) + 4}, "-2 a pointer"),
+        (SCALAR, {"H": 0}, "-3 a size"),
+        (SCALAR, {"cu": 1 << 20, "N": 4}, "-3 a size"),
+        (SCALAR, {"T": 2**30, "H": 2**10}, "-3 a size"),
+        (SCALAR, {"do_t": 40, "do_h": 48, "do_b": 40 * 300}, "-4 a stride"),
+        (SCALAR, {"g_h": 1 << 31}, "-4 a stride"),
+        (SCALAR, {"segment": 64}, "-9 a segment"),
+        (DENSE, {"dg": 0}, "-1 a pointer"),
+        (DENSE, {"g": 0}, "-1 a pointer"),
+        (DENSE, {"T": 2**24, "B": 2**20, "segment": 64}, "-3 a size"),
+        (DENSE, {"keep_bytes": -1}, "-3 a size"),
+        (DENSE, {"g_t": 32, "g_h": 64, "g_b": 64000}, "-4 a stride"),
+        (DENSE, {"segment": 48}, "-9 a segment"),
+    ],
+)
+def test_wrong_calls_for_gradients_are_refused(
+    built: Built, spec: Specialisation, change: dict[str, Any], message: str
+) -> None:
+    call = dict.fromkeys(("q", "k", "v", "g", "dout", "dq", "dk", "dv", "dg"), 1 << 30)
+    call = {**call, "B": 2, "T": 300, "H": 4, **change}
+    name = NAMES[spec, ONE_NUMBER_BACK if spec is SCALAR else BACK]
+    answer, launched = built.call(name, call)
+    assert answer.split(maxsplit=1)[1].startswith(message)
+    assert launched == []
+
+
+@needs_gcc
 def test_scalar_gates_are_aligned_as_numbers(built: Built) -> None:
     call = {**_good(), "T": 1, "g": (1 << 30) + 4}
     assert built.call(NAMES[SCALAR, DECODE], call)[0] == "0 done"
@@ -560,6 +787,32 @@ def test_workspace(built: Built) -> None:
     answer, launched = built.call(NAMES[DENSE, WHOLE], _good(), workspace=0)
     assert answer == "0 0 done"
     assert len(launched) == 1
+    few = {**_good(), "T": 2**31 - 70000, "Hq": 64, "Hk": 64, "Hs": 64}
+    assert built.call(NAMES[DENSE, PREPARED], few)[0].startswith("0 -3 a size")
+
+
+@needs_gcc
+def test_kernels_get_the_scratch_that_they_want(tmp_path: Path) -> None:
+    """A part of the workspace for the largest launch, which the others use before and after it."""
+    row = PackRow.make("h100", "tuned", "", DENSE, Bucket(5, 9), PREPARED_SPLIT)
+    kernels = config_kernels(DENSE, PREPARED_SPLIT, "sm_90a")
+    plain = {kernel.template: fake_compiled(kernel) for kernel in kernels}
+    wanting = {"gla_walk": 128, "gla_walk_states": 640}
+    with_scratch = [
+        replace(made, scratch_bytes=wanting.get(template, 0)) for template, made in plain.items()
+    ]
+    pack = write_pack(tmp_path / "p", "sm_90a", with_scratch, [row], FAKE_TOOLS)
+    built = Built(pack, tmp_path)
+    (name,) = function_names(pack).values()
+    for segment, largest in ((0, "gla_walk_states"), (-1, "gla_walk")):
+        answer, launches = built.call(name, {**_good(), "segment": segment})
+        programs = {pack.kernels[line[0]].kernel.template: int(line[1]) for line in launches}
+        places = [_number(line[-2]) for line in launches]
+        templates = [template for template, place in zip(programs, places, strict=True) if place]
+        assert templates == [template for template in programs if template in wanting]
+        (place,) = set(places) - {0}
+        end = place + programs[largest] * wanting[largest]
+        assert 0 <= BASE + int(answer.split()[0]) - end < 256
 
 
 @needs_gcc
@@ -602,25 +855,35 @@ def test_the_text_depends_on_the_pack_alone(pack: Pack, tmp_path: Path) -> None:
     header, source = c_sources(pack)
     assert str(pack.path) not in header + source
     assert max(map(len, header.splitlines())) <= 100
-    # Two GPUs with one config share a function; other ops are left out.
+    # Two GPUs with one config share a function; rows whose results PyTorch adds up have none.
     assert {name for name in NAMES.values() if f"int {name}(" in header} == set(NAMES.values())
-    assert header.count("_workspace(const glac_forward *call);") == 4
+    assert header.count("_workspace(const glac_forward *call);") == 8
+    assert header.count("_workspace(const glac_backward *call);") == 3
     assert header.count("const glac_decode *call,\n    void *stream);") == 3
-    assert source.count("/* gla_bwd") == 0
+    assert "gla_bwd_k64_v48_lowrank16" not in source
     assert function_names(pack) == NAMES
 
 
 @needs_gcc
 @pytest.mark.parametrize(
-    ("config", "absent"), [(WHOLE, "decode"), (DECODE, "forward")], ids=["forward", "decode"]
+    ("spec", "config", "op"),
+    [
+        (DENSE, WHOLE, "forward"),
+        (SCALAR, ONE_NUMBER, "forward"),
+        (DENSE, BACK, "backward"),
+        (SCALAR, ONE_NUMBER_BACK, "backward"),
+        (DENSE, DECODE, "decode"),
+    ],
+    ids=["forward", "scalar forward", "backward", "scalar backward", "decode"],
 )
-def test_one_op_alone(tmp_path: Path, config: ForwardConfig | DecodeConfig, absent: str) -> None:
+def test_one_op_alone(tmp_path: Path, spec: Specialisation, config: Config, op: str) -> None:
     """Nothing is said of what a pack has no rows of, and nothing is left over."""
-    row = PackRow.make("h100", "tuned", "", DENSE, Bucket(5, 9), config)
-    kernels = config_kernels(DENSE, config, "sm_90a")
+    row = PackRow.make("h100", "tuned", "", spec, Bucket(5, 9), config)
+    kernels = config_kernels(spec, config, "sm_90a")
     only = write_pack(tmp_path / "p", "sm_90a", map(fake_compiled, kernels), [row], FAKE_TOOLS)
     for text in c_sources(only):
-        assert f"glac_{absent}" not in text
+        for absent in {"forward", "backward", "decode"} - {op}:
+            assert f"glac_{absent}" not in text
         assert re.search(r"@\w+@", text) is None
     Built(only, tmp_path)
 
@@ -628,10 +891,10 @@ def test_one_op_alone(tmp_path: Path, config: ForwardConfig | DecodeConfig, abse
 def test_what_cannot_be_written(pack: Pack, tmp_path: Path) -> None:
     with pytest.raises(PackError, match="cannot be written"):
         write_c(pack, Path("/proc/glac"))
-    row = PackRow.make("h100", "tuned", "", VECTOR, Bucket(5, 9), BACKWARD)
-    kernels = config_kernels(VECTOR, BACKWARD, "sm_90a")
+    row = PackRow.make("h100", "tuned", "", LOWRANK, Bucket(5, 9), BACK)
+    kernels = config_kernels(LOWRANK, BACK, "sm_90a")
     only = write_pack(tmp_path / "b", "sm_90a", map(fake_compiled, kernels), [row], FAKE_TOOLS)
-    with pytest.raises(GlacError, match="neither a forward nor a decode row"):
+    with pytest.raises(GlacError, match="no row that can be launched from C"):
         c_sources(only)
     damaged = fake_pack(tmp_path / "d")
     for cubin in (damaged.path / "cubins").iterdir():
@@ -705,12 +968,22 @@ def test_the_example_builds_and_runs(pack: Pack, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "DIFFERENT")
 
 
+def _decided_for_an_h100(pack: Pack, patch: pytest.MonkeyPatch) -> None:
+    """Dispatch as on an H100 that has this pack alone."""
+    patch.setenv("GLAC_PACK_PATH", str(pack.path))
+    patch.setattr(dispatch, "explain", functools.partial(dispatch.decide, gpu=GPUS["h100"]))
+    patch.setattr(dispatch, "device_gpu", lambda device: (GPUS["h100"], ""))
+
+
 @pytest.mark.parametrize(
     ("sizes", "op", "row", "segment"),
     [
         ((1, 512, 32), Op.FORWARD, (DENSE, SPLIT), 64),
         ((1, 4096, 4), Op.FORWARD, (DENSE, SPLIT), 256),
         ((1, 300, 4), Op.FORWARD, (DENSE, SPLIT), -1),
+        ((2, 8000, 256), Op.FORWARD, (DENSE, PREPARED_SPLIT), 64),
+        ((2, 8000, 128), Op.FORWARD, (DENSE, PREPARED_SPLIT), -1),
+        ((1, 512, 32), Op.SCALAR_FORWARD, (SCALAR, ONE_NUMBER), -1),
         ((8, 1, 4), Op.DECODE, (DENSE, DECODE), -1),
     ],
 )
@@ -718,11 +991,17 @@ def test_the_example_finds_the_function_of_a_decision(
     pack: Pack, monkeypatch: pytest.MonkeyPatch, sizes: Any, op: Op, row: Any, segment: int
 ) -> None:
     """Also where dispatch cuts sequences into other segments than the row's."""
-    monkeypatch.setenv("GLAC_PACK_PATH", str(pack.path))
-    decide = functools.partial(dispatch.decide, gpu=GPUS["h100"])
-    monkeypatch.setattr(dispatch, "explain", decide)
-    found = _make_case().served_by(Problem(DENSE, *sizes), op)
+    _decided_for_an_h100(pack, monkeypatch)
+    found = _make_case().served_by(Problem(row[0], *sizes), op)
     assert found == {"row": NAMES[row], "segment": segment}
+
+
+def test_the_example_refuses_what_python_cuts_and_c_does_not(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _decided_for_an_h100(pack, monkeypatch)
+    with pytest.raises(SystemExit, match="Python cuts the sequences of B=1 T=16384 H=4"):
+        _make_case().served_by(Problem(SCALAR, 1, 16384, 4), Op.SCALAR_FORWARD)
 
 
 STAND_IN_HEADER = """

@@ -1,13 +1,10 @@
-"""Loading and launching on a real driver: remembered calls, preloading, forks, verification, C."""
+"""Loading and launching on a real driver: remembered calls, preloading, forks, verification."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,9 @@ from torch import Tensor
 import glac
 from glac import fast
 from glac.attention import chunk_gla, chunk_gla_lowrank
-from glac.emit_c import write_c
-from glac.pack import read_pack
 from glac.problem import Op
 from glac.testing import Inputs
-from tests.gpu.conftest import Packed, problem_of
+from tests.gpu.conftest import Packed
 
 pytestmark = pytest.mark.gpu
 
@@ -144,51 +139,3 @@ def test_the_whole_pack_verifies_and_loads(packed: Packed) -> None:
     (data,) = json.loads(done.stdout)["data"]["packs"]
     assert data["kernels"] == len(pack.kernels)
     assert data["load_ms"] < 2000
-
-
-@pytest.mark.parametrize("gate", ["vector", "lowrank"])
-def test_c_gives_the_same_bits(packed: Packed, tmp_path: Path, gate: str) -> None:
-    header = next(
-        (p for p in (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda") if _has_header(p)), None
-    )
-    if shutil.which("gcc") is None or header is None:
-        pytest.skip("needs gcc and cuda.h")
-    # With fewer low-rank heads prepared chunks are faster, whose rows have no function in C.
-    sizes = (16 if gate == "lowrank" else 2, 1000, 8, 128, 128)
-    x = packed.draw(*sizes, gate=gate)
-    problem = problem_of(x)
-    path = packed.need(problem).path
-    if packed.need(replace(problem, T=1), Op.DECODE).path != path:
-        pytest.skip("forward and decode rows are in two packs")
-    pack = read_pack(Path(path))
-    header_file, source = write_c(pack, tmp_path)
-    case = [sys.executable, "examples/c/make_case.py", str(tmp_path / "cases")]
-    case += ["--sizes", *map(str, sizes), *(["--lowrank"] if gate == "lowrank" else [])]
-    program = tmp_path / "serve"
-    compiler = ["gcc", "-O1", f"-I{tmp_path}", f"-I{header}/include"]
-    compiler += [f'-DGLAC_HEADER="{header_file.name}"']
-    compiler += [f"-DGLAC_PREFIX=glac_{pack.arch.replace('_', '')}"]
-    compiler += ["examples/c/serve.c", str(source), "-ldl", _driver()]
-    run = [str(program), str(tmp_path / "cases")]
-    for command in (case, [*compiler, "-o", str(program)], run):
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "bit-identical"
-
-
-def _driver() -> str:
-    """The driver that this process has loaded."""
-    torch.cuda.init()  # type: ignore[no-untyped-call]
-    maps = Path("/proc/self/maps").read_text().split()
-    return next(word for word in maps if "/libcuda.so" in word)
-
-
-def _has_header(folder: str) -> bool:
-    return bool(folder) and (Path(folder) / "include" / "cuda.h").is_file()

@@ -1,0 +1,353 @@
+"""Backward rows in C, as ``glac.backward`` and ``glac.scalar`` launch them.
+
+Heads are not shared: where they are, PyTorch adds up gradients of the heads that share a tensor.
+For the same reason tiles of V are not either (``glac.emit_c.functions.why_left_out``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from glac.configs import BackwardConfig, ScalarBackwardConfig
+from glac.emit_c.functions import Function
+from glac.emit_c.launches import (
+    Kernels,
+    Launch,
+    constants,
+    gate_of,
+    stride_checks,
+    units,
+    workspace_functions,
+)
+from glac.emit_c.part import Part
+from glac.emit_c.passes import (
+    ABOUT_FUNCTIONS,
+    SEGMENTS,
+    cuts,
+    own_fields,
+    row_fields,
+    segment_states,
+)
+from glac.templates import state_dtype
+
+KEEP_BYTES = 80 << 20
+"""What ``GLAC_SCRATCH_MIB`` is by default, in bytes."""
+
+_GRADIENTS = {
+    **{name: f"call->{name}" for name in ("h0", "dht", "dq", "dk", "dv", "dg", "dh0")},
+    "do": "call->dout",
+    "q_group": "1",
+    "k_group": "1",
+    "s_group": "1",
+    "has_h0": "call->h0 != 0",
+    "has_dht": "call->dht != 0",
+    "has_dg": "call->dg != 0",
+    "has_dh0": "call->dh0 != 0",
+}
+_CHUNKS = {name: f"s->{name}" for name in ("states", "dstates", "slots")}
+_SCALAR = (
+    Launch("scalar_bwd_states", {**_GRADIENTS, **_CHUNKS}, "(int64_t)s->N * s->H"),
+    Launch("scalar_bwd", {**_GRADIENTS, **_CHUNKS}, "(int64_t)s->slots * s->H"),
+)
+_AT_ONCE = "(int64_t)s->seg_count * call->B * s->H"
+_WALK = {
+    **_GRADIENTS,
+    **SEGMENTS,
+    **{f: f"s->{f}" for f in ("states", "ends", "flags", "n_kept")},
+    "B": "call->B",
+    "seg_first": "s->seg_first",
+    "seg_count": "s->seg_count",
+    "chain": "s->chained",
+}
+_DV = Launch("gla_bwd_dv", _WALK, "(int64_t)s->n_seg * call->B * s->H")
+_BORDERS = (
+    *segment_states("s->H", "1", "s->starts", "s->decay", "call->h0", "!s->chained"),
+    *segment_states("s->H", "1", "s->ends", "s->d_ends", "call->dht", "!s->chained", reverse=True),
+)
+"""Launches that find the state before each segment, and the gradient of the one behind it."""
+
+
+def _segment_launches(config: BackwardConfig) -> tuple[Launch, ...]:
+    """Launches for some segments: the states that are kept, and gradients from them."""
+    kept = {
+        **_WALK,
+        "starts": "s->starts",
+        "decay": "0",
+        "out_scale": "1.0f",
+        "keep": str(config.grads.kept_tokens),
+        "v_group": "1",
+        "g_group": "1",
+        "reverse": "0",
+        "summarise": "0",
+        "from_start": "s->from_start",
+    }
+    return (
+        Launch("gla_states", kept, _AT_ONCE),
+        Launch("gla_bwd", _WALK, _AT_ONCE),
+        Launch("gla_bwd_exact", _WALK, _AT_ONCE),
+    )
+
+
+def _define(item: Function, kernels: Kernels) -> Iterator[str]:
+    spec, config = item.spec, item.config
+    gate, strided = gate_of(spec), units(spec)
+    strided["do"] = strided["v"]
+    sized = [
+        f"  int status = gradient_sizes_of(call, workspace, s, {gate}, {spec.K}, {spec.V});",
+        "  if (status) return status;",
+    ]
+    bytes_each = state_dtype(spec).itemsize
+    if isinstance(config, ScalarBackwardConfig):
+        launches, body = _SCALAR, _launched(item, kernels, _SCALAR)
+        tile = f"{config.grads.chunk}, {spec.K}, {spec.V}, {bytes_each}"
+        sized.append(f"  status = take_chunk_states(call, s, {tile});")
+    else:
+        assert isinstance(config, BackwardConfig)
+        inner = _segment_launches(config)
+        behind = () if config.dv is None else (_DV,)
+        launches = (*_BORDERS, *inner, *behind)
+        body = [
+            *_launched(item, kernels, _BORDERS),
+            "  while (next_segments(s)) {",
+            *_launched(item, kernels, inner, "    "),
+            "  }",
+            *_launched(item, kernels, behind),
+        ]
+        segment, step = cuts(config)
+        grads = config.grads
+        again = grads.keep * grads.block_k * grads.block_v if grads.keep > 1 else 0
+        way = {
+            "segment": segment,
+            "step": step,
+            "kept_tokens": grads.kept_tokens,
+            "tiles": kernels.of(item, inner[1]).tiles,
+            "state_bytes": spec.K * spec.V * bytes_each,
+            "again_bytes": again * bytes_each,
+        }
+        values = ", ".join(f".{name} = {value}" for name, value in way.items())
+        sized = [
+            f"  static const row_way way = {{{values}}};",
+            *sized,
+            f"  status = take_segments(call, s, &way, {spec.K}, {spec.V});",
+        ]
+    return workspace_functions(
+        item,
+        kernels,
+        launches,
+        types=("glac_backward", "gradient_sizes"),
+        sized=sized,
+        checks=(
+            *constants(strided),
+            f"  status = check_gradients(call, {gate});",
+            "  if (status) return status;",
+            *stride_checks(spec, strided, rows=True),
+        ),
+        body=body,
+    )
+
+
+def _launched(
+    item: Function, kernels: Kernels, launches: Iterable[Launch], indent: str = "  "
+) -> list[str]:
+    return [line for launch in launches for line in kernels.lines(item, launch, indent)]
+
+
+_CALL = """
+#ifndef GLAC_BACKWARD_DEFINED
+#define GLAC_BACKWARD_DEFINED
+
+/* The gradients of one forward pass, from its inputs and the gradients of its results:
+   S_t = diag(exp g_t) S_{t-1} + k_t^T v_t,  o_t = scale * q_t S_t
+   All have the same heads. A scalar gate is one number for all channels, and its sequences are
+   never cut. */
+typedef struct glac_backward {
+  uint64_t q, k, v;    /* [B, T, H, K], [B, T, H, K], [B, T, H, V] */
+  uint64_t g;          /* [B, T, H, K], natural log of each step's decay; of a scalar gate
+                          [B, T, H] of any strides (g_h alone for one number per head), or 0 for
+                          no decay */
+  uint64_t cu;         /* [N + 1] in int32, boundaries of a packed batch, or 0 */
+  uint64_t h0;         /* initial state [N, H, K, V] in fp32, or 0 for zeros */
+  uint64_t dout;       /* gradient of o, [B, T, H, V] */
+  uint64_t dht;        /* gradient of the final state [N, H, K, V] in fp32, or 0 for zeros */
+  uint64_t dq, dk, dv; /* gradients, contiguous */
+  uint64_t dg;         /* gradient of g in its dtype, contiguous; of a scalar gate [B, T, H] in
+                          fp32 whatever its strides and dtype, or 0 */
+  uint64_t dh0;        /* gradient of the initial state [N, H, K, V] in fp32, or 0 */
+  int64_t q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, g_b, g_t, g_h;
+  int32_t B, T;        /* B is 1 with cu */
+  int32_t H;
+  int32_t N;           /* sequences of a packed batch; not read without cu */
+  int32_t segment;     /* tokens of the segments that share a sequence, a multiple of the row's
+                          step; 0 for the row's own, below 0 to cut none */
+  int64_t keep_bytes;  /* of states that are kept at a time, where there is a choice; 0 for what
+                          GLAC_SCRATCH_MIB is by default */
+  double scale;        /* of the forward pass */
+} glac_backward;
+
+#endif /* GLAC_BACKWARD_DEFINED */
+"""
+
+_HELPERS = {
+    "gradient_sizes_of": """
+/* What follows from the sizes of a call, and where the parts of its workspace are. */
+typedef struct gradient_sizes {
+  int32_t H, N, has_g, slots, n_seg, seg_len, at_once, seg_first, seg_count, n_kept;
+  int32_t chained, from_start;
+  int64_t q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, g_b, g_t, g_h;
+  uint64_t states, dstates, starts, decay, ends, d_ends, flags;
+  uint64_t scratch, end, nothing;
+} gradient_sizes;
+
+static int gradient_sizes_of(const glac_backward *call, uint64_t workspace, gradient_sizes *s,
+                             int gate, int64_t K, int64_t V) {
+  static const gradient_sizes none;
+  *s = none;
+  int status = check_sizes(call->B, call->T, call->H, call->H, call->H, call->cu != 0, call->N,
+                           K > V ? K : V);
+  if (status) return status;
+  s->H = call->H;
+  s->N = call->cu ? call->N : call->B;
+  s->end = workspace;
+  s->has_g = call->g != 0;
+  s->q_b = call->q_b, s->q_t = call->q_t, s->q_h = call->q_h;
+  s->k_b = call->k_b, s->k_t = call->k_t, s->k_h = call->k_h;
+  s->v_b = call->v_b, s->v_t = call->v_t, s->v_h = call->v_h;
+  s->do_b = call->do_b, s->do_t = call->do_t, s->do_h = call->do_h;
+  strides(&s->q_b, &s->q_t, &s->q_h, call->T, call->H, K);
+  strides(&s->k_b, &s->k_t, &s->k_h, call->T, call->H, K);
+  strides(&s->v_b, &s->v_t, &s->v_h, call->T, call->H, V);
+  strides(&s->do_b, &s->do_t, &s->do_h, call->T, call->H, V);
+  if (s->has_g) {
+    s->g_b = call->g_b, s->g_t = call->g_t, s->g_h = call->g_h;
+    strides(&s->g_b, &s->g_t, &s->g_h, call->T, call->H, gate == SCALAR_GATE ? 1 : K);
+  }
+  return GLAC_OK;
+}
+""",
+    "take_chunk_states": """
+/* Memory for the state at the start of each chunk of `chunk` tokens and its gradient at the end,
+   in elements of `bytes`. */
+static int take_chunk_states(const glac_backward *call, gradient_sizes *s, int64_t chunk,
+                             int64_t K, int64_t V, size_t bytes) {
+  if (call->segment > 0) return GLAC_SEGMENT;
+  int64_t slots = call->cu ? call->T / chunk + s->N : ceil_div(call->T, chunk) * s->N;
+  /* Programs of both launches, which are counted in 31 bits. */
+  int64_t tiles = ceil_div(V, 16) * 2 * s->N;
+  if (s->H > 2147483647 / (slots > tiles ? slots : tiles)) return GLAC_SIZE;
+  size_t states = (size_t)slots * (size_t)s->H;
+  s->slots = (int32_t)slots;
+  s->states = take(&s->end, states * (size_t)(K * V) * bytes);
+  s->dstates = take(&s->end, states * (size_t)(K * V) * bytes);
+  return GLAC_OK;
+}
+""",
+    "cut": """
+/* What a row says of its way through sequences. */
+typedef struct row_way {
+  int64_t segment, step;  /* tokens of its segments, what others are a multiple of */
+  int64_t kept_tokens;    /* from one kept state to the next */
+  int64_t tiles;          /* programs of a segment of a head */
+  int64_t state_bytes;    /* of one that is kept */
+  int64_t again_bytes;  /* of those that a program finds again between kept ones */
+} row_way;
+
+/* Segments, or windows of whole sequences, and how many go into one launch: glac.backward.cut. */
+static int cut(const glac_backward *call, gradient_sizes *s, const row_way *way) {
+  int64_t T = call->T, packed = call->cu ? call->N : 0, segment = way->segment, count, length;
+  int64_t keep_bytes = call->keep_bytes ? call->keep_bytes : @KEEP_BYTES@;
+  int64_t states = (int64_t)call->B * call->H; /* that are kept at one token */
+  if (call->segment > 0 && call->segment % way->step) return GLAC_SEGMENT;
+  if (call->keep_bytes < 0) return GLAC_SIZE;
+  if (call->segment) segment = call->segment > 0 ? call->segment : 0;
+  if (packed && !segment) segment = way->step * ceil_div(@PACKED_SEGMENT@, way->step);
+  if (packed && segment >= T) {
+    count = packed + 1;
+    length = way->step * ceil_div(T, way->step);
+  } else {
+    segments_of(T, segment, packed, &count, &length);
+  }
+  s->chained = count == 1 && !packed;
+  int64_t at_once = 1;
+  if (s->chained) {
+    int64_t steps = ceil_div(T, way->step), windows = 1;
+    if (ceil_div(T, way->kept_tokens) > keep_bytes / way->state_bytes / states)
+      windows = steps < @WINDOWS@ ? steps : @WINDOWS@;
+    length = way->step * ceil_div(steps, windows);
+    count = ceil_div(T, length);
+  } else {
+    int64_t fitting = keep_bytes / way->state_bytes / states / ceil_div(length, way->kept_tokens);
+    int64_t filling = ceil_div(@PROGRAMS@, way->tiles * states);
+    at_once = ceil_div(count, ceil_div(count, fitting > filling ? fitting : filling));
+  }
+  /* The largest grid of any config counts programs in 31 bits: 32 tiles have 16 channels. */
+  if (count > 2147483647 / 32 / states) return GLAC_SIZE;
+  s->n_seg = s->seg_first = (int32_t)count;
+  s->at_once = s->seg_count = (int32_t)at_once;
+  s->seg_len = (int32_t)length;
+  s->n_kept = (int32_t)ceil_div(length < T ? length : T, way->kept_tokens);
+  return GLAC_OK;
+}
+""",
+    "take_segments": """
+/* Memory for the states at borders of segments, and for those that are kept. */
+static int take_segments(const glac_backward *call, gradient_sizes *s, const row_way *way,
+                         int64_t K, int64_t V) {
+  int status = cut(call, s, way);
+  if (status) return status;
+  size_t heads = (size_t)call->B * (size_t)s->H, programs = heads * (size_t)s->at_once;
+  size_t borders = heads * (size_t)s->n_seg, state = (size_t)(K * V) * 4;
+  if (!s->chained) {
+    s->starts = take(&s->end, borders * state);
+    s->decay = take(&s->end, borders * (size_t)K * 4);
+    s->ends = take(&s->end, borders * state);
+    s->d_ends = take(&s->end, borders * (size_t)K * 4);
+  } else if (s->n_seg > 1) {
+    /* The gradient behind window j - 1 takes the place of the state before window j. */
+    s->starts = take(&s->end, borders * state);
+    s->ends = s->starts + state;
+  }
+  /* Behind the kept states those that programs find again. */
+  size_t kept = programs * (size_t)s->n_kept * (size_t)way->state_bytes;
+  programs *= (size_t)way->tiles;
+  s->states = take(&s->end, kept + programs * (size_t)way->again_bytes);
+  s->flags = take(&s->end, programs * 4);
+  return GLAC_OK;
+}
+""",
+    "next_segments": """
+/* The segments of the next launch, from the last one back; 0 when there are no more. */
+static int next_segments(gradient_sizes *s) {
+  int32_t last = s->seg_first;
+  if (!last) return 0;
+  s->seg_first = last > s->at_once ? last - s->at_once : 0;
+  s->seg_count = last - s->seg_first;
+  /* The last window's walk starts at the first token, and leaves the windows' own starts. */
+  s->from_start = s->chained && last == s->n_seg && last > 1;
+  return 1;
+}
+""",
+    "check_gradients": """
+static int check_gradients(const glac_backward *call, int gate) {
+  if (!call->q || !call->k || !call->v || !call->dout) return GLAC_NULL;
+  if (!call->dq || !call->dk || !call->dv) return GLAC_NULL;
+  if (gate == VECTOR_GATE && (!call->g || !call->dg)) return GLAC_NULL;
+  uint64_t all = call->q | call->k | call->v | call->g | call->h0 | call->dout | call->dht;
+  all |= call->dq | call->dk | call->dv | call->dg | call->dh0;
+  return all % 16 || call->cu % 4 ? GLAC_ALIGNMENT : GLAC_OK;
+}
+""",
+}
+
+BACKWARD = Part(
+    serves=(BackwardConfig, ScalarBackwardConfig),
+    call="glac_backward",
+    call_text=_CALL,
+    row="backward_row",
+    about_row="One row of the backward pass.",
+    row_fields=row_fields("glac_backward"),
+    about_functions=ABOUT_FUNCTIONS,
+    workspace=True,
+    helpers=_HELPERS,
+    own_fields=own_fields,
+    define=_define,
+)
