@@ -6,29 +6,38 @@ Batches of calls are enqueued without waiting; the time of a batch over its call
 host spends on each. The GPU is idle at the start of a batch and may finish behind its end.
 "long way" is the same call past what ``glac.fast`` remembers: all checks and arguments anew.
 "autograd alone" is a node with as many tensors that launches nothing.
+
+The split of a training step, as a table on stderr and under "split" in the results, tells where
+its time goes. "alone" is a part called in a loop of its own, "in the step" the same part timed
+inside of training steps, with a clock that takes 0.1 us: there the processor's caches hold other
+code, and the backward pass runs in a thread of autograd, so parts take up to twice as long. "until
+the GPU is done" is a step with the wait at the end of a batch: if it is more than the step, the
+GPU is what a step waits for, and the host's time is that of its queue.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from glac import preload, stats
+from glac import autograd, driver, fast, preload, stats
 from glac.attention import chunk_gla, chunk_gla_lowrank, recurrent_gla
 
 CALLS, BATCHES = 100, 30
 
 
-def host_us(call: Callable[[], Any]) -> dict[str, float]:
-    """Microseconds per call: median and best batch."""
+def host_us(call: Callable[[], Any], *, wait: bool = False) -> dict[str, float]:
+    """Microseconds per call: median and best batch; with ``wait``, until the GPU is done."""
     for _ in range(20):
         call()
     times = []
@@ -37,6 +46,8 @@ def host_us(call: Callable[[], Any]) -> dict[str, float]:
         start = time.perf_counter()
         for _ in range(CALLS):
             call()
+        if wait:
+            torch.cuda.synchronize()
         times.append((time.perf_counter() - start) / CALLS * 1e6)
     torch.cuda.synchronize()
     return {"median_us": round(statistics.median(times), 2), "best_us": round(min(times), 2)}
@@ -56,6 +67,131 @@ class _Nothing(torch.autograd.Function):
     def backward(ctx: Any, do: torch.Tensor) -> Any:
         assert ctx.saved_tensors
         return None, None, *ctx.ready
+
+
+@contextlib.contextmanager
+def _timed(owner: Any, name: str, label: Callable[..., str]) -> Iterator[dict[str, list[float]]]:
+    """Microseconds of each call of a function, by what ``label`` makes of its arguments."""
+    found: dict[str, list[float]] = {}
+    inner, entry = getattr(owner, name), vars(owner)[name]
+
+    def timed(*args: Any) -> Any:
+        start = time.perf_counter_ns()
+        try:
+            return inner(*args)
+        finally:
+            spent = (time.perf_counter_ns() - start) / 1e3
+            found.setdefault(label(*args), []).append(spent)
+
+    setattr(owner, name, staticmethod(timed) if isinstance(entry, staticmethod) else timed)
+    try:
+        yield found
+    finally:
+        setattr(owner, name, entry)
+
+
+def in_the_step(
+    step: Callable[[], Any], owner: Any, name: str, label: Callable[..., str]
+) -> dict[str, dict[str, float]]:
+    """A function inside of steps: median, and the best tenth, whose worst this is."""
+    with _timed(owner, name, label) as found:
+        for _ in range(10):
+            torch.cuda.synchronize()
+            for _ in range(CALLS):
+                step()
+    torch.cuda.synchronize()
+    return {
+        what: {
+            "median_us": round(statistics.median(times), 2),
+            "best_us": round(sorted(times)[len(times) // 10], 2),
+        }
+        for what, times in found.items()
+    }
+
+
+def split_of_a_step(leaves: list[torch.Tensor], do: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Of ``o, _ = chunk_gla(q, k, v, g); o.backward(do)``, by name."""
+    q, k, v, g = leaves
+
+    def forward() -> torch.Tensor:
+        return chunk_gla(q, k, v, g)[0]
+
+    def forget() -> None:
+        for t in leaves:
+            t.grad = None
+
+    def step() -> None:
+        forward().backward(do)  # type: ignore[no-untyped-call]
+        forget()
+
+    for _ in range(3):
+        step()
+    with torch.no_grad():
+        o = forward()
+    ready = [t.detach().clone() for t in leaves]
+
+    def node() -> torch.Tensor:
+        made: torch.Tensor = _Nothing.apply(o, ready, *leaves)  # type: ignore[no-untyped-call]
+        return made
+
+    def nothing() -> None:
+        node().backward(do)  # type: ignore[no-untyped-call]
+        forget()
+
+    rows = {
+        "a step": host_us(step),
+        "a step until the GPU is done": host_us(step, wait=True),
+        "a node that does nothing": host_us(nothing),
+        "its forward": host_us(node),
+        "forward with a node": host_us(forward),
+    }
+    with torch.no_grad():
+        rows["forward without"] = host_us(forward)
+
+    # glac's part of a step, from the outside to the inside.
+    def passes(call: fast.Bound, given: Any) -> str:
+        return "forward" if len(given) == len(leaves) else "backward"
+
+    places: list[tuple[Any, str, Callable[..., str]]] = [
+        (autograd._Remembered, "backward", lambda *args: "node, backward"),
+        (autograd._Remembered, "forward", lambda *args: "node, forward"),
+        (autograd, "_attach", lambda *args: "node, made by PyTorch"),
+        (fast, "recall", lambda *args: "finding the call"),
+        (fast, "gradients", lambda *args: "finding, allocating and launching, backward"),
+        (fast.Bound, "launch", lambda *args: f"allocating and launching, {passes(*args)}"),
+        (driver.BoundLaunches, "run", lambda own, *args: f"{len(own.launches)} launches"),
+        (fast, "_empty_like", lambda *args: "one allocation"),
+    ]
+    for owner, name, label in places:
+        for what, row in in_the_step(step, owner, name, label).items():
+            rows[f"{what}, in the step"] = row
+
+    # The same parts alone.
+    for call in [c for c in fast.bound.values() if isinstance(c, fast.Bound)]:
+        # Not one with states, nor of another operation.
+        given: list[torch.Tensor] = call.gathered([*leaves, None, do, None])
+        shapes = [t.shape for t in (*leaves, do)]
+        if None in given or [t.shape for t in given] != shapes[: len(given)]:
+            continue
+        which = passes(call, given)
+        with torch.no_grad():
+            rows[f"allocating and launching, {which}, alone"] = host_us(
+                lambda call=call, given=given: call.launch(given)  # type: ignore[misc]
+            )
+    pattern = torch.empty((), dtype=q.dtype, device=q.device).expand(q.shape)
+    rows["one allocation, alone"] = host_us(lambda: torch.empty_like(pattern))
+    rows["finding the call, alone"] = host_us(
+        lambda: fast.recall("chunk_gla", (q, k, v, g), (q, k, v, g, None), (None,), False)
+    )
+    return rows
+
+
+def print_split(rows: dict[str, dict[str, float]]) -> None:
+    """As a table, for people."""
+    width = max(map(len, rows))
+    print(f"{'a training step, us':{width}}  median    best", file=sys.stderr)
+    for name, row in rows.items():
+        print(f"{name:{width}}  {row['median_us']:6.1f}  {row['best_us']:6.1f}", file=sys.stderr)
 
 
 def main() -> None:
@@ -122,6 +258,13 @@ def main() -> None:
     )
     long = lambda: chunk_gla(q, k, v, g, chunk_size=64)  # noqa: E731
     results["forward and backward, long way"] = host_us(training(long, [q, k, v, g]))
+    split: dict[str, Any]
+    try:
+        split = split_of_a_step([q, k, v, g], do)
+        print_split(split)
+    except Exception as error:  # it looks inside of glac, and the rows above should not be lost
+        split = {"error": f"{type(error).__name__}: {error}"}
+        print(f"no split of a step: {split['error']}", file=sys.stderr)
     if options.fla:
         from fla.ops.gla import chunk_gla as fla_chunk_gla
 
@@ -137,6 +280,7 @@ def main() -> None:
         "cpus": os.cpu_count(),
         "sizes": dict(zip("BTHKV", options.sizes, strict=True)),
         "results": results,
+        "split": split,
     }
     text = json.dumps(document, indent=1)
     if options.out:

@@ -153,10 +153,10 @@ def chunk_gla(
     plain = cu_seqlens is None and cu_seqlens_cpu is None and chunk_size is None and not reverse
     plain = plain and precision == "ieee"  # a key does not tell: another precision has none
     if plain and state_layout == "kv" and _wide(initial_state, state_dtype):
+        given = (q, k, v, g) if initial_state is None else (q, k, v, g, initial_state)
         tensors = (q, k, v, g, initial_state)
-        key = fast.key_of(tensors, (scale,), output_final_state)
-        bound = fast.find(key)
-        result = None if bound is None else attend_bound(bound, tensors)
+        key, bound = fast.recall("chunk_gla", given, tensors, (scale,), output_final_state)
+        result = None if bound is None else attend_bound(bound, given)
         if result is not None:
             return result
     q, k, v, g = _autocast(q, k, v, g)
@@ -238,9 +238,10 @@ def chunk_gla_lowrank(
     plain = plain and precision == "ieee"  # a key does not tell: another precision has none
     if plain and state_layout == "kv" and _wide(initial_state, state_dtype):
         tensors = (q, k, v, x, weight, bias, initial_state)
-        key = fast.key_of(tensors, (normalizer, clamp_min, scale), output_final_state)
-        bound = fast.find(key)
-        result = None if bound is None else attend_bound(bound, tensors)
+        given = (*tensors[:5], *(t for t in tensors[5:] if t is not None))
+        numbers = (normalizer, clamp_min, scale)
+        key, bound = fast.recall("chunk_gla_lowrank", given, tensors, numbers, output_final_state)
+        result = None if bound is None else attend_bound(bound, given)
         if result is not None:
             return result
     q, k, v, x, weight, bias = _autocast(q, k, v, x, weight, bias)

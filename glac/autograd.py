@@ -58,7 +58,11 @@ def _observed(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _wants_grad(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # a generator would take longer to make than to ask the first tensor
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _has_tangent(tensor: Tensor | None) -> bool:
@@ -118,19 +122,21 @@ def attend(
     return result
 
 
-def attend_bound(bound: fast.Bound, tensors: Sequence[Tensor | None]) -> engine.Result | None:
+def attend_bound(bound: fast.Bound, given: Sequence[Tensor]) -> engine.Result | None:
     """A call that ``glac.fast`` remembers; ``None`` if it has to go the long way after all.
 
     Args:
         bound: what it launches.
-        tensors: q, k, v, those of the gate, the initial state.
+        given: q, k, v, those of the gate, the initial state, without absent ones.
     """
-    result: Any
-    if not _wants_grad(tensors):
-        result = bound.run(tensors)
-        return result  # type: ignore[no-any-return]
-    result = _Attention.apply(bound.call, *tensors, None)  # type: ignore[no-untyped-call]
-    return result  # type: ignore[no-any-return]
+    wanted = _wants_grad(given)
+    if wanted:
+        engine.require_backward(bound.call.problem, given[0])
+    made = bound.launch(given)
+    if made is None:
+        return None
+    result: Any = bound.pick(made)
+    return _attach(bound, result, *given) if wanted else result  # type: ignore[no-any-return]
 
 
 def remember(
@@ -168,11 +174,6 @@ def _numbers(gate: GateInput) -> tuple[float, ...]:
 
 def _forward(call: Call, *tensors: Any) -> engine.Result:
     """The forward pass. Tensors are q, k, v, the gate's, the initial state, the boundaries."""
-    bound = fast.find(call.key)
-    if bound is not None:
-        result: Any = bound.run(tensors[:-1])
-        if result is not None:
-            return result  # type: ignore[no-any-return]
     q, k, v, *gates, initial_state, cu = tensors
     gate = GateInput(tuple(gates), call.inv_normalizer, call.clamp)
     if _observed(tensors):
@@ -201,9 +202,31 @@ def _forward(call: Call, *tensors: Any) -> engine.Result:
 
 
 def _backward(
-    call: Call, dh0: bool, do: Tensor, dht: Tensor | None, *tensors: Any
+    call: Call,
+    forward: fast.Bound | None,
+    dh0: bool,
+    do: Tensor,
+    dht: Tensor | None,
+    *tensors: Any,
 ) -> tuple[Tensor | None, ...]:
-    """The backward pass: a gradient for each of ``tensors``, of the initial state if ``dh0``."""
+    """The backward pass: a gradient for each of ``tensors``, of the initial state if ``dh0``.
+
+    Args:
+        call: whose.
+        forward: as which ``glac.fast`` remembered it when it was made, if it did.
+        dh0: whether the gradient of the initial state is wanted.
+        do: gradient of the output.
+        dht: of the final state.
+        tensors: q, k, v, those of the gate, the initial state, the boundaries.
+    """
+    if forward is None and call.key is not None:
+        forward = fast.find(call.key)  # remembered since: it was the first of its kind
+    key = None if forward is None else fast.backward_key(forward, tensors, do, dht, dh0)
+    bound = fast.find(key)
+    if bound is not None:
+        found = bound.run((*tensors, do, dht))
+        if found is not None:
+            return *found, None
     q, k, v, *gates, initial_state, cu = tensors
     gate = GateInput(tuple(gates), call.inv_normalizer, call.clamp)
     if _observed((do, dht, *tensors)):
@@ -212,12 +235,6 @@ def _backward(
             *tensors, do, dht, *_numbers(gate), call.scale, call.chunk_size, _precision(call)
         )
         return *grads, None
-    key = None if cu is not None else fast.backward_key(call.key, do, dht, dh0)
-    bound = fast.find(key)
-    if bound is not None:
-        found = bound.run((*tensors[:-1], do, dht))
-        if found is not None:
-            return *found, None
     dq, dk, dv, dgates, dstate = engine.backward(
         call.problem,
         q,
@@ -248,6 +265,26 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.call = call
 
 
+def _gradients(
+    call: Call,
+    forward: fast.Bound | None,
+    needs: Sequence[bool],
+    do: Tensor | None,
+    dht: Tensor | None,
+    tensors: Sequence[Any],
+) -> tuple[Tensor | None, ...]:
+    """The gradients that autograd asked for; arguments are those of ``_backward``."""
+    if do is None:
+        if dht is None:
+            return (None,) * len(tensors)
+        do = ops.no_gradient(tensors[0], tensors[2])
+    # With create_graph the gradients get a node of their own, if only to raise an error.
+    run = _Gradients.apply if torch.is_grad_enabled() else _backward
+    grads = run(call, forward, needs[-2], do, dht, *tensors)
+    # Gradients in fp32 of parameters in another dtype: autograd converts to what they ask for.
+    return ops.wanted(needs, grads)
+
+
 class _Attention(torch.autograd.Function):
     """The node of an eager call. Its form is the one that PyTorch enters fastest, by 15 us."""
 
@@ -259,17 +296,44 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> Any:
-        tensors = ctx.saved_tensors
-        if do is None:
-            if dht is None:
-                return (None,) * (1 + len(tensors))
-            do = ops.no_gradient(tensors[0], tensors[2])
-        # With create_graph the gradients get a node of their own, if only to raise an error.
-        run = _Gradients.apply if torch.is_grad_enabled() else _backward
         _, *needs = ctx.needs_input_grad
-        grads = run(ctx.call, needs[-2], do, dht, *tensors)
-        # Gradients in fp32 of parameters in another dtype: autograd converts to what they ask for.
-        return None, *ops.wanted(needs, grads)
+        return None, *_gradients(ctx.call, None, needs, do, dht, ctx.saved_tensors)
+
+
+class _Remembered(torch.autograd.Function):
+    """The node of a call that ``glac.fast`` remembers, put behind results that are there already.
+
+    Its tensors are those that the call has.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, bound: fast.Bound, result: engine.Result, *given: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*given)
+        ctx.bound = bound
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dht: Tensor | None) -> Any:
+        bound, needs, saved = ctx.bound, ctx.needs_input_grad, ctx.saved_tensors
+        which = needs, dht is None
+        given = (*saved, do) if dht is None else (*saved, do, dht)
+        graph = torch.is_grad_enabled()
+        grads = None if graph else fast.gradients(bound, given, which)
+        if grads is not None:
+            return grads
+        tensors = *bound.spread(saved), None
+        every = *map(bool, bound.spread(needs[2:])), False
+        found = _gradients(bound.call, bound, every, do, dht, tensors)
+        if do is not None and not graph and which not in bound.backward:
+            key = fast.backward_key(bound, tensors, do, dht, every[-2])
+            fast.keep_gradients(bound, given, which, needs, key)
+        return None, None, *bound.gathered(found)
+
+
+# ``apply`` itself looks for transforms and their wrappers first, which takes 3 us; who calls this
+# has looked, and a wrapper that has lost its transform has no memory to launch anything on.
+_attach: Any = super(torch.autograd.Function, _Remembered).apply
 
 
 class _TransformedAttention(torch.autograd.Function):

@@ -229,9 +229,10 @@ def _written(
     call: Any,
 ) -> Bound | None:
     """From notes to launches; ``None`` if results are more than what the launches have written."""
-    made: list[tuple[int, tuple[int, ...], torch.dtype]] = []
+    made: list[tuple[tuple[int, ...], torch.dtype]] = []
     owners: dict[int, int] = {}
-    given = {_memory(t) for t in inputs if t is not None}
+    there = [t for t in inputs if t is not None]
+    given = {_memory(t) for t in there}
     places = []
     for result in results:
         if result is None:
@@ -241,16 +242,9 @@ def _written(
         whole = result.numel() * result.itemsize == result.untyped_storage().nbytes()
         if not (whole and result.is_contiguous()) or memory in owners or memory in given:
             return None
-        owners[memory] = 1 + len(inputs) + len(made)
+        owners[memory] = 1 + len(there) + len(made)
         places.append(len(made))
-        shape = tuple(result.shape)
-        doubles = (
-            index
-            for index, t in enumerate(inputs)
-            if t is not None
-            and (tuple(t.shape), t.dtype, t.is_contiguous()) == (shape, result.dtype, True)
-        )
-        made.append((next(doubles, -1), shape, result.dtype))
+        made.append((tuple(result.shape), result.dtype))
     written = {_memory(t) for note in notes for t in note.tensors if t is not None}
     if not owners.keys() <= written:
         return None
@@ -258,15 +252,15 @@ def _written(
     workspace = 0
     offsets: list[int] = []
     launches = []
-    first = 1 + len(inputs) + len(made)
+    first = 1 + len(there) + len(made)
 
     def place_of(t: Tensor | None) -> int | None:
         nonlocal workspace
         if t is None:
             return 0
         memory = _memory(t)
-        for index, other in enumerate(inputs):
-            if other is not None and (memory, _offset(t)) == (_memory(other), _offset(other)):
+        for index, other in enumerate(there):
+            if (memory, _offset(t)) == (_memory(other), _offset(other)):
                 return 1 + index
         if memory in owners:
             return None if _offset(t) else owners[memory]
@@ -290,4 +284,5 @@ def _written(
             scratch = first + len(offsets) - 1
             workspace += -(-launch.scratch_bytes // ALIGNMENT) * ALIGNMENT
         launches.append((launch, pointers, scratch))
-    return Bound(where, made, places, offsets, workspace, launches, call)
+    present = [t is not None for t in inputs]
+    return Bound(where, present, made, places, offsets, workspace, launches, call)

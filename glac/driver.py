@@ -47,7 +47,7 @@ def _after_fork() -> None:
         _forked = True
         # Whoever still holds a kernel gets the error, not a crash; launches pay nothing for it.
         DriverKernel.launch = _refuse_launch  # type: ignore[method-assign]
-        BoundLaunch.launch = _refuse_launch  # type: ignore[method-assign]
+        BoundLaunches.run = _refuse_launch  # type: ignore[method-assign]
 
 
 def _refuse_launch(*args: Any, **options: Any) -> None:
@@ -91,8 +91,8 @@ def _launcher() -> Any:
 
 # CUlaunchConfig (grid, block, shared memory, stream, attributes), up to where arguments begin.
 _CONFIG = "@7I4xQQI4x8x"
+_CONFIG_SIZE = struct.calcsize(_CONFIG)
 _STREAM_OFFSET = 32
-_FROM_STREAM = "@QQI4x8x"
 _POINTER = struct.Struct("@Q")
 
 
@@ -171,7 +171,7 @@ class DriverKernel:
         self.name = name
         self.device = device
         self.scratch_bytes = scratch_bytes
-        self.pointers = sum(kind.startswith("*") for kind in kinds)
+        self.kinds = tuple(kinds)
         arguments = argument_format(kinds)
         layout = struct.Struct(_CONFIG + arguments.removeprefix("@"))
         self.pack_into = layout.pack_into
@@ -253,7 +253,7 @@ class DriverKernel:
         start = ctypes.addressof(buffer)
         extra = (ctypes.c_void_p * 5)(
             1,  # CU_LAUNCH_PARAM_BUFFER_POINTER
-            start + struct.calcsize(_CONFIG),
+            start + _CONFIG_SIZE,
             2,  # CU_LAUNCH_PARAM_BUFFER_SIZE
             ctypes.addressof(self._size),
             0,  # CU_LAUNCH_PARAM_END
@@ -278,18 +278,23 @@ class DriverKernel:
         self.pack_into(slot.buffer, 0, *head, *values, scratch, 0)
         code = self.launch_kernel(slot.start, self.address, 0, slot.extra)
         if code:
-            self.launch_again(code, slot, grid)
+            self.launch_again(code, (slot.start, self.address, 0, slot.extra), grid)
         self._slots.append(slot)
 
-    def launch_again(self, code: int, slot: Slot, grid: int) -> None:
+    def launch_again(self, code: int, arguments: tuple[int, ...], grid: int) -> None:
         """After a launch that failed with ``code``: with a context, if that was missing.
+
+        Args:
+            code: of the driver.
+            arguments: of the launch, as the driver takes them.
+            grid: for messages.
 
         Raises:
             DriverError: it fails for another reason, or again.
         """
         if code == _INVALID_CONTEXT:
             _enter_primary_context(self.device)
-            code = self.launch_kernel(slot.start, self.address, 0, slot.extra)
+            code = self.launch_kernel(*arguments)
         if code:
             _check(code, f"launching {self.name} with a grid of {grid}")
 
@@ -310,51 +315,121 @@ class Slot(NamedTuple):
     keep: Any
 
 
-class BoundLaunch:
+class BoundLaunch(NamedTuple):
     """A launch in which only pointers and the stream are open.
 
-    Everything else is written once into each of its buffers, of which there are as many as threads
-    that launch at the same time.
-
-    Args:
+    Attributes:
         kernel: to launch.
         scalars: values of the arguments that are no pointers.
         grid: number of programs.
     """
 
-    def __init__(self, kernel: DriverKernel, scalars: Sequence[Any], grid: int) -> None:
-        self._kernel = kernel
-        self._scalars = tuple(scalars)
-        self._grid = grid
-        self.scratch_bytes = grid * kernel.scratch_bytes
-        self._pack = struct.Struct(_FROM_STREAM + "Q" * kernel.pointers).pack_into
-        self._scratch_offset = kernel.buffer_size - 16
-        self._launch_kernel = kernel.launch_kernel
-        self._address = kernel.address
-        self._slots = [self._new_slot()]
+    kernel: DriverKernel
+    scalars: Sequence[Any]
+    grid: int
 
-    def _new_slot(self) -> Slot:
-        kernel = self._kernel
-        slot = kernel.new_slot()
-        head = (self._grid, 1, 1, kernel.threads, 1, 1, kernel.shared, 0, 0, 0)
-        kernel.pack_into(slot.buffer, 0, *head, *(0,) * kernel.pointers, *self._scalars, 0, 0)
-        return slot
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory that it needs for its time."""
+        return self.grid * self.kernel.scratch_bytes
 
-    def launch(self, stream: int, pointers: Sequence[int], scratch: int = 0) -> None:
-        """Launch on a raw stream handle, with the addresses of all pointer arguments."""
-        slots = self._slots
+
+class _Series:
+    """Memory that the driver reads while it launches one ``BoundLaunches``.
+
+    A table of addresses, and for each launch its configuration, its scalars, and the list of where
+    its arguments are: in the table, or among the scalars.
+
+    Attributes:
+        table: all of the memory, which begins with the table.
+        stream: that the configurations are for.
+        calls: for each launch what the driver is called with.
+    """
+
+    def __init__(
+        self, launches: Sequence[tuple[BoundLaunch, tuple[int, ...], int]], count: int
+    ) -> None:
+        sizes = [
+            _CONFIG_SIZE + 8 * (len(launch.kernel.kinds) + 2) + 8 * len(launch.scalars)
+            for launch, _, _ in launches
+        ]
+        self.table = ctypes.create_string_buffer(8 * count + sum(sizes))
+        self.stream = 0
+        self._streams: list[int] = []
+        base = ctypes.addressof(self.table)
+        at = 8 * count
+        calls = []
+        for (launch, places, scratch), size in zip(launches, sizes, strict=True):
+            kernel = launch.kernel
+            assert len(places) + len(launch.scalars) == len(kernel.kinds)
+            config, arguments, scalar = at, at + _CONFIG_SIZE, at + size - 8 * len(launch.scalars)
+            head = (launch.grid, 1, 1, kernel.threads, 1, 1, kernel.shared, 0, 0, 0)
+            struct.pack_into(_CONFIG, self.table, config, *head)
+            where = []
+            pointers, scalars = iter(places), iter(launch.scalars)
+            for kind in kernel.kinds:
+                if kind.startswith("*"):
+                    where.append(base + 8 * next(pointers))
+                else:
+                    struct.pack_into("@" + _CODES[kind][0], self.table, scalar, next(scalars))
+                    where.append(base + scalar)
+                    scalar += 8
+            # The compiler's own two pointers: global scratch, and that of profiling, which is 0.
+            where += [base + 8 * scratch, base]
+            struct.pack_into(f"@{len(where)}Q", self.table, arguments, *where)
+            calls.append((base + config, kernel.address, base + arguments))
+            self._streams.append(config + _STREAM_OFFSET)
+            at += size
+        self.calls = tuple(calls)
+
+    def move(self, stream: int) -> None:
+        """To another stream."""
+        for offset in self._streams:
+            _POINTER.pack_into(self.table, offset, stream)
+        self.stream = stream
+
+
+class BoundLaunches:
+    """Launches one behind the other, of which a call gives addresses and a stream.
+
+    A call writes one table of addresses, at which the arguments of all launches point: writing
+    each launch's own took as long as launching it. There are as many tables as threads that are
+    in a call at the same time.
+
+    Args:
+        launches: for each the place in the table of each of its pointers, and of its scratch.
+        count: of addresses in the table. The first of them is 0.
+    """
+
+    def __init__(
+        self, launches: Sequence[tuple[BoundLaunch, tuple[int, ...], int]], count: int
+    ) -> None:
+        self.launches = tuple(launches)
+        self._count = count
+        self._pack = struct.Struct(f"@{count}Q").pack_into
+        self._launch_kernel = launches[0][0].kernel.launch_kernel
+        self._free = [_Series(self.launches, count)]
+
+    def run(self, stream: int, addresses: Sequence[int]) -> None:
+        """Launch on a raw stream handle, with all addresses of the table."""
         # Taken, not looked at: two threads never get the same one.
         try:
-            slot = slots.pop()
+            series = self._free.pop()
         except IndexError:
-            slot = self._new_slot()
-        self._pack(slot[0], _STREAM_OFFSET, stream, 0, 0, *pointers)
-        if scratch:
-            _POINTER.pack_into(slot[0], self._scratch_offset, scratch)
-        code = self._launch_kernel(slot[1], self._address, 0, slot[2])
-        if code:
-            self._kernel.launch_again(code, slot, self._grid)
-        slots.append(slot)
+            series = _Series(self.launches, self._count)
+        self._pack(series.table, 0, *addresses)
+        if series.stream != stream:
+            series.move(stream)
+        launch_kernel = self._launch_kernel
+        for start, kernel, arguments in series.calls:
+            code = launch_kernel(start, kernel, arguments, 0)
+            if code:
+                self._again(code, series, (start, kernel, arguments, 0))
+        self._free.append(series)
+
+    def _again(self, code: int, series: _Series, call: tuple[int, int, int, int]) -> None:
+        launch = self.launches[series.calls.index(call[:3])][0]
+        launch.kernel.launch_again(code, call, launch.grid)
 
 
 class KernelCache:

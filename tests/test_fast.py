@@ -27,7 +27,7 @@ from glac.configs import (
     ForwardConfig,
     TileKernelConfig,
 )
-from glac.errors import InputError, InputTypeError
+from glac.errors import InputError, InputTypeError, NotDifferentiableError
 from glac.kernelspec import KernelSpec, config_kernels
 from glac.pack import run_time_args
 from glac.plan import Plan
@@ -52,15 +52,23 @@ class Launches:
         self.names: dict[int, tuple[str, str, int]] = {}
         self.code = 0
 
-    def __call__(self, start: int, kernel: int, nothing: int, extra: int) -> int:
-        assert nothing == 0
+    def __call__(self, start: int, kernel: int, listed: int, extra: int) -> int:
         name, layout, _ = self.names[kernel]
         head = struct.unpack("@7I4xQQI4x8x", ctypes.string_at(start, 64))
-        one, where, two, size, end = (ctypes.c_uint64 * 5).from_address(extra)
-        assert (one, two, end) == (1, 2, 0)
-        length = ctypes.c_size_t.from_address(size).value
-        assert length == struct.calcsize(layout)
-        self.seen.append((name, head, struct.unpack(layout, ctypes.string_at(where, length))))
+        if listed:
+            assert extra == 0
+            where = (ctypes.c_uint64 * (len(layout) - 1)).from_address(listed)
+            values = tuple(
+                struct.unpack(f"@{code}", ctypes.string_at(address, struct.calcsize(code)))[0]
+                for code, address in zip(layout[1:], where, strict=True)
+            )
+        else:
+            one, start, two, size, end = (ctypes.c_uint64 * 5).from_address(extra)
+            assert (one, two, end) == (1, 2, 0)
+            length = ctypes.c_size_t.from_address(size).value
+            assert length == struct.calcsize(layout)
+            values = struct.unpack(layout, ctypes.string_at(start, length))
+        self.seen.append((name, head, values))
         return self.code
 
 
@@ -94,7 +102,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 
     for module, name, make in (
         (torch, "empty", torch.empty),
-        (fast, "_empty", torch.empty),
         (fast, "_empty_like", torch.empty_like),
     ):
         monkeypatch.setattr(module, name, keeping(make))
@@ -404,7 +411,7 @@ def test_what_has_to_see_a_call_sees_it(
     def refused(*args: Any) -> Any:
         raise AssertionError("the short way")
 
-    monkeypatch.setattr(fast.Bound, "run", refused)
+    monkeypatch.setattr(fast.Bound, "launch", refused)
 
     class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
@@ -447,6 +454,215 @@ def test_what_has_to_see_a_call_sees_it(
 
 
 @pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_what_has_to_see_one_of_the_last_calls_sees_it(
+    launches: Launches, configs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    x = inputs()
+
+    def recalled(scale: Any = 1.0, final: bool = False, given: Any = x) -> bool:
+        """Whether a call is known without its key."""
+        key, found = fast.recall("chunk_gla", given, (*given, None), (scale,), final)
+        assert key is None or found is None
+        return found is not None
+
+    for _ in range(2):
+        chunk_gla(*x, scale=1.0)
+    assert recalled()
+    assert not recalled(True)
+    assert not recalled(1)
+    assert not recalled(0.5)
+    assert not recalled(torch.ones(3))
+    assert not recalled(final=True)
+    assert not recalled(given=(*x[:3], x[3].float()))
+    assert not recalled(given=(*x[:3], None))
+    with Mode():  # type: ignore[no-untyped-call]
+        assert not recalled()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not recalled()
+    with torch.autograd.forward_ad.dual_level():
+        assert not recalled()
+    known = torch.func.vmap(lambda t: t * recalled())(torch.ones(2))
+    assert known.tolist() == [0, 0]
+    slope = torch.func.grad(lambda t: (t * recalled()).sum())(torch.ones(2))
+    assert slope.tolist() == [0, 0]
+    monkeypatch.setenv("GLAC_CHECKED", "1")
+    assert not recalled()
+    monkeypatch.delenv("GLAC_CHECKED")
+    assert recalled()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not recalled()
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_the_last_few_calls_are_known_without_a_key(
+    launches: Launches, configs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = inputs()
+    sets = [tuple(t[:, :tokens].contiguous() for t in x) for tokens in (64, 96)]
+    sets += [tuple(t.clone().requires_grad_() for t in own) for own in sets]
+    for _ in range(2):
+        for own in sets:
+            chunk_gla(*own)
+    made = list(fast._last["chunk_gla", 4])
+    assert len(made) == len(sets)
+    monkeypatch.setattr(fast, "key_of", None)
+    for own in sets:
+        o, _ = chunk_gla(*own)
+        assert o.shape == own[2].shape
+        assert o.requires_grad == own[0].requires_grad
+        assert launches.seen[-1][2][0] == own[0].data_ptr()
+    assert list(fast._last["chunk_gla", 4]) == made
+    dispatch.clear()
+    assert fast._last == {}
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_without_what_compares_tensors(
+    launches: Launches, configs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "_guards", None)
+    x = tuple(t.requires_grad_() for t in inputs())
+    do = torch.randn(B, T, H, V).bfloat16()
+
+    def call() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(chunk_gla(*x)[0], x, do)
+
+    _, first = run(launches, call, *x, do)
+    monkeypatch.setattr(engine, "forward", None)
+    monkeypatch.setattr(engine, "backward", None)
+    assert run(launches, call, *x, do)[1] == first
+    assert fast._last == {}
+
+
+def train(x: tuple[Tensor, ...], do: Tensor, leaves: tuple[Tensor, ...] | None = None) -> Any:
+    return torch.autograd.grad(chunk_gla(*x)[0], leaves or x, do)
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_layouts_that_hooks_have_changed(launches: Launches, configs: str) -> None:
+    """What comes back need not lie as what was kept, as with ``save_on_cpu``."""
+    x = tuple(t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in inputs())
+    do = torch.randn(B, T, H, V).bfloat16()
+    for _ in range(3):
+        train(x, do)
+    assert all(isinstance(b, fast.Bound) for b in fast.bound.values())
+    y = tuple(t.detach().contiguous() for t in x)
+    packed = dict(zip([id(t) for t in x], y, strict=True))
+
+    def changed() -> Any:
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: packed.get(id(t), t), lambda t: t
+        )
+        with hooks:
+            return train(x, do)
+
+    def backward(call: Any, *tensors: Tensor) -> list[Any]:
+        """Launches of the backward pass, without pointers."""
+        seen = [item for item in run(launches, call, *tensors)[1] if "fwd" not in item[0]]
+        return [
+            (n, head, [x for x in values if not isinstance(x, str)]) for n, head, values in seen
+        ]
+
+    before = backward(lambda: train(x, do), *x, do)
+    got = backward(changed, *x, *y, do)
+    dispatch.clear()
+    own = tuple(t.clone().requires_grad_() for t in y)
+    assert got == backward(lambda: train(own, do), *own, do) != before
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_gradients_nobody_wants_are_dropped(launches: Launches, configs: str) -> None:
+    x = tuple(t.requires_grad_() for t in inputs())
+    do = torch.randn(B, T, H, V).bfloat16()
+    every, some = (0, 1, 2, 3), (1, 3)
+    for wanted in (every, every, some, some, some, every):
+        for i, t in enumerate(x):
+            t.requires_grad_(i in wanted)
+        o, _ = chunk_gla(*x)
+        found: list[bool] = []
+        node: Any = o.grad_fn
+        node.register_hook(
+            lambda grads, _, found=found: found.extend(grad is not None for grad in grads)
+        )
+        grads = torch.autograd.grad(o, [x[i] for i in wanted], do)
+        assert [g.shape for g in grads] == [x[i].shape for i in wanted]
+        assert sum(found) == len(wanted)
+    h0 = torch.randn(B, H, K, V)
+    for _ in range(3):
+        o, final = chunk_gla(*x, initial_state=h0, output_final_state=True)
+        assert final is not None
+        assert len(torch.autograd.grad([o, final], x, [do, torch.ones_like(h0)])) == 4
+        final = chunk_gla(*x, initial_state=h0, output_final_state=True)[1]
+        assert final is not None
+        (dq,) = torch.autograd.grad(final, x[:1], torch.ones_like(h0))
+        assert dq.shape == x[0].shape
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_gradients_have_memory_of_their_own(launches: Launches, configs: str) -> None:
+    x = tuple(t.requires_grad_() for t in inputs())
+    do = torch.randn(B, T, H, V).bfloat16()
+    for _ in range(3):
+        grads = train(x, do)
+        assert len({g.untyped_storage().data_ptr() for g in grads}) == len(grads)
+        assert all(g.untyped_storage().nbytes() == g.nbytes for g in grads)
+        assert all(g.is_contiguous() and not g.is_inference() for g in grads)
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_a_second_derivative_is_refused(launches: Launches, configs: str) -> None:
+    x = tuple(t.requires_grad_() for t in inputs())
+    do = torch.randn(B, T, H, V).bfloat16()
+    for _ in range(3):
+        train(x, do)
+        grads = torch.autograd.grad(chunk_gla(*x)[0], x, do, create_graph=True)
+        with pytest.raises(NotDifferentiableError, match="once"):
+            torch.autograd.grad(grads[0].sum(), x)
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_a_waiting_backward_pass_forgets_too(
+    launches: Launches, configs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = tuple(t.requires_grad_() for t in inputs())
+    do = torch.randn(B, T, H, V).bfloat16()
+    for _ in range(3):
+        train(x, do)
+    o, _ = chunk_gla(*x)
+    dispatch.clear()
+    calls: list[Op] = []
+    resolve = dispatch.resolve
+
+    def asked(problem: Problem, device: Any, op: Op = Op.FORWARD) -> Any:
+        calls.append(op)
+        return resolve(problem, device, op)
+
+    monkeypatch.setattr(dispatch, "resolve", asked)
+    torch.autograd.grad(o, x, do)
+    assert calls[:1] == [Op.BACKWARD]
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
+def test_streams_change(launches: Launches, configs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = tuple(t.requires_grad_() for t in inputs())
+    do = torch.randn(B, T, H, V).bfloat16()
+    train(x, do)
+    for stream in (5, 6, 6, 0, 5):
+        monkeypatch.setattr(fast, "_raw_stream", lambda index, stream=stream: stream)
+        launches.seen.clear()
+        train(x, do)
+        assert {head[7] for _, head, _ in launches.seen} == {stream}
+
+
+@pytest.mark.parametrize("configs", ["whole"], indirect=True)
 def test_it_is_forgotten_with_the_decisions(
     launches: Launches, configs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -473,6 +689,22 @@ def test_a_failed_launch_is_an_error(launches: Launches, configs: str) -> None:
         chunk_gla(*x)
     launches.code = 0
     chunk_gla(*x)
+
+
+@pytest.mark.parametrize("configs", ["split"], indirect=True)
+def test_a_thread_without_a_context_gets_one(
+    launches: Launches, configs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread of autograd launches before anything else has given it one."""
+    x = inputs()
+    chunk_gla(*x)
+    _, first = run(launches, lambda: chunk_gla(*x), *x)
+    monkeypatch.setattr(
+        driver, "_enter_primary_context", lambda device: setattr(launches, "code", 0)
+    )
+    launches.code = 201
+    _, second = run(launches, lambda: chunk_gla(*x), *x)
+    assert second == [first[0], *first]
 
 
 @pytest.mark.parametrize("configs", ["split"], indirect=True)
