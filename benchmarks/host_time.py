@@ -167,22 +167,21 @@ def split_of_a_step(leaves: list[torch.Tensor], do: torch.Tensor) -> dict[str, d
             rows[f"{what}, in the step"] = row
 
     # The same parts alone.
-    for call in [c for c in fast.bound.values() if isinstance(c, fast.Bound)]:
-        # Not one with states, nor of another operation.
-        given: list[torch.Tensor] = call.gathered([*leaves, None, do, None])
-        shapes = [t.shape for t in (*leaves, do)]
-        if None in given or [t.shape for t in given] != shapes[: len(given)]:
-            continue
-        which = passes(call, given)
-        with torch.no_grad():
-            rows[f"allocating and launching, {which}, alone"] = host_us(
+    def find() -> fast.Bound:
+        found = fast.recall("chunk_gla", (q, k, v, g), (q, k, v, g, None), (None,), False)[1]
+        assert found is not None
+        return found
+
+    bound = find()
+    backward = next(iter(bound.backward.values()))[1]
+    with torch.no_grad():
+        for call, given in ((bound, (q, k, v, g)), (backward, (q, k, v, g, do))):
+            rows[f"allocating and launching, {passes(call, given)}, alone"] = host_us(
                 lambda call=call, given=given: call.launch(given)  # type: ignore[misc]
             )
     pattern = torch.empty((), dtype=q.dtype, device=q.device).expand(q.shape)
     rows["one allocation, alone"] = host_us(lambda: torch.empty_like(pattern))
-    rows["finding the call, alone"] = host_us(
-        lambda: fast.recall("chunk_gla", (q, k, v, g), (q, k, v, g, None), (None,), False)
-    )
+    rows["finding the call, alone"] = host_us(find)
     return rows
 
 

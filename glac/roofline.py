@@ -491,6 +491,8 @@ def tuned_measurements(problem: Problem, gpu: GpuSpec, op: Op) -> list[Measureme
             spec = named_gpu(device)
             if row.op is not op or row.problem != problem or spec is None or not row.stats.us:
                 continue
+            if op is Op.DECODE:  # whose study times two calls, with fp32 and with bf16 states
+                continue
             key = device, row.stats.us  # a file may hold the rows of a relative
             found.setdefault(
                 key,

@@ -152,6 +152,29 @@ def test_a_row_serves_its_own_op() -> None:
     assert dispatch.best_row(rows[1:], PROBLEM, H100, Op.BACKWARD) is None
 
 
+def test_states_are_found_again_only_where_that_spares_windows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = replace(SPEC, K=128, V=128)
+    every = default_backward(spec, H100, Bucket(7, 11))
+    apart = replace(every, grads=replace(every.grads, keep=4))
+    rows = [row(7, 11, spec=spec, config=apart), row(9, 13, spec=spec, config=every)]
+    fits, many = Problem(spec, 16, 2048, 8), Problem(spec, 32, 2048, 8)
+    few, packed = Problem(spec, 1, 2048, 2), Problem(spec, 1, 32768, 8, packed=16)
+
+    def best(problem: Problem, among: Sequence[PackRow] = rows) -> PackRow | None:
+        return dispatch.best_row(among, problem, H100, Op.BACKWARD)
+
+    assert best(fits) is rows[0]
+    assert [best(problem) for problem in (many, few, packed)] == [rows[1]] * 3
+    assert best(many, rows[:1]) is rows[0]  # better than none
+    guessed = replace(rows[1], source="heuristic")
+    assert best(many, [rows[0], guessed]) is rows[0]
+    monkeypatch.setenv("GLAC_SCRATCH_MIB", "256")
+    assert best(fits) is rows[1]  # every chunk's states fit
+    assert best(many) is rows[0]
+
+
 ROWS = st.builds(
     row,
     st.integers(0, 12),

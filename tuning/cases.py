@@ -307,26 +307,45 @@ class ScalarBackwardCase(ScalarForwardCase):
         return held
 
 
+@dataclass(frozen=True)
 class DecodeCase(Case):
-    """A few tokens against fp32 states, into new states."""
+    """A few tokens against states into new states, once in fp32 and once in bf16.
+
+    One config serves both, and what is fastest for one may not be for the other.
+
+    Attributes:
+        states: the initial states of each call.
+    """
+
+    states: tuple[Tensor, ...]
 
     def call(self, plan: Plan[Any]) -> dict[str, Tensor]:
         i = self.inputs
         gate = decode.Gated(i.g, i.x, i.weight, i.bias)
-        tensors = decode.DecodeInputs(i.q, i.k, i.v, gate, i.initial_state)
-        want = decode.Want(final=True)
         numbers: tuple[float, ...] = (self.scale,)
         if i.x is not None:
             numbers = (self.scale, 1.0 / self.normalizer, STEP_MIN * LOG2E)
-        run = decode.launch(plan, HeadGroups(), tensors, want)
-        o, end = decode.run_launch(run, tensors, want, numbers)
-        assert end is not None
-        return {"output": o, "final state": end}
+        found: dict[str, Tensor] = {}
+        for state in self.states:
+            tensors = decode.DecodeInputs(i.q, i.k, i.v, gate, state)
+            want = decode.Want(final=True, dtype=state.dtype)
+            run = decode.launch(plan, HeadGroups(), tensors, want)
+            o, end = decode.run_launch(run, tensors, want, numbers)
+            assert end is not None
+            names = _decode_names(state)
+            found.update(zip(names, (o, end), strict=True))
+        return found
 
     def buffers(self, config: Config) -> list[Buffer]:
-        dtypes = (self.inputs.q.dtype, torch.float32)
+        dtypes = (d for state in self.states for d in (self.inputs.q.dtype, state.dtype))
         shapes = (tuple(t.shape) for t in self.truth.values())
         return list(zip(shapes, dtypes, strict=True))
+
+
+def _decode_names(state: Tensor) -> tuple[str, str]:
+    """Of the results of a call from ``state``."""
+    kind = "" if state.dtype is torch.float32 else ", bf16 states"
+    return f"output{kind}", f"final state{kind}"
 
 
 def _gate_names(inputs: Inputs) -> tuple[str, ...]:
@@ -535,12 +554,16 @@ def _decode_case(problem: Problem, inputs: Inputs, normalizer: float) -> DecodeC
     else:
         parts = _gate_slice(i, spec.K, everything, slice(0, problem.H), torch.float64)
         gate = _gate_values(parts, problem.H, normalizer)
-    h0 = i.initial_state
-    o, end = decode_gla(i.q.double(), i.k.double(), i.v.double(), gate, initial_state=h0)
-    near, near_end = decode_gla(i.q, i.k, i.v, gate.float(), initial_state=h0)
-    truth.add("output", tuple(o.shape), (everything,), o, near)
-    truth.add("final state", tuple(end.shape), (everything,), end, near_end)
-    return DecodeCase(problem, inputs, normalizer, truth.values, truth.yardstick)
+    assert i.initial_state is not None
+    states = (i.initial_state, i.initial_state.bfloat16())
+    for state in states:
+        h0 = state.float()
+        o, end = decode_gla(i.q.double(), i.k.double(), i.v.double(), gate, initial_state=h0)
+        near, near_end = decode_gla(i.q, i.k, i.v, gate.float(), initial_state=h0)
+        output, final = _decode_names(state)
+        truth.add(output, tuple(o.shape), (everything,), o, near)
+        truth.add(final, tuple(end.shape), (everything,), end, near_end.to(state.dtype))
+    return DecodeCase(problem, inputs, normalizer, truth.values, truth.yardstick, states)
 
 
 def _make(
