@@ -64,8 +64,8 @@ BLOCKS_V = (32, 64, 128, 256)
 GRADS_TRIED, WHOLE_TRIED, STATES_TRIED, DV_TRIED = 5, 3, 3, 8
 """Of a backward problem: gradient kernels without and with dv, states kernels, dv kernels."""
 KEEPS_TRIED = (4, 8)
-"""Chunks between kept states, beside 1 and without dv. On an H100 2 lost to 4 wherever it was
-timed, and with dv, where one program fills an SM, 4 and 8 gained nothing."""
+"""Chunks between kept states, beside 1. On an H100 2 lost to 4 wherever it was timed, and where
+one program fills an SM, as with dv at 128 channels, 4 and 8 gained nothing."""
 SCALAR_STATES_TRIED = 3
 """Of a backward problem with a scalar gate: states kernels for each gradient kernel."""
 PREPARES = {
@@ -316,14 +316,17 @@ def _backward_configs(
     by_tile: dict[tuple[int, int, int], ChunkKernelConfig] = {}
     for tile in walks:
         by_tile.setdefault((tile.chunk, tile.block_v, tile.num_warps), tile)
-    kept_apart: list[TileKernelConfig] = []
-    for grads in _grads_tiles(spec, gpu, dv=False):
-        # The state that is walked again lives beside the state's gradient.
-        if grads.block_k * grads.block_v // (32 * grads.num_warps) <= room and not kept_apart:
-            kept_apart = [replace(grads, keep=keep) for keep in KEEPS_TRIED]
     found = []
     for dv in (False, True):
-        for grads in (*_grads_tiles(spec, gpu, dv), *(() if dv else kept_apart)):
+        tiles = _grads_tiles(spec, gpu, dv)
+        # The state that is walked again lives beside the state's gradient.
+        roomy = [
+            t
+            for t in tiles
+            if t.block_k * t.block_v // (32 * t.num_warps) <= room and (t.num_warps == 4 or not dv)
+        ]
+        apart = [replace(tile, keep=keep) for tile in roomy[:1] for keep in KEEPS_TRIED]
+        for grads in (*tiles, *apart):
             states = [t for t in walks if grads.chunk % t.chunk == 0]
             states = states[: STATES_TRIED if grads.keep == 1 else 1]
             values = [None] if dv else list(by_tile.values())[:DV_TRIED]
