@@ -214,13 +214,10 @@ def run_backward(
             plan, q, do, gate, dht, cu, segments=at, summary=config.states, heads=H,
             k_group=problem.q_group, g_group=problem.s_group, out_scale=scale, reverse=True,
         )  # fmt: skip
-    as_kept = TORCH_DTYPES[state_dtype(spec)]
     per_segment = tiles("gla_bwd", spec, grads) * B * H
     # Behind the kept states those that programs find again.
-    again = grads.keep * grads.block_k * grads.block_v if grads.keep > 1 else 0
-    states = scratch(
-        way.at_once * (B * state_heads * kept * K * V + per_segment * again), dtype=as_kept
-    )
+    elements = B * state_heads * kept * K * V + per_segment * grads.found_again
+    states = scratch(way.at_once * elements, dtype=TORCH_DTYPES[state_dtype(spec)])
     flags = scratch(per_segment * way.at_once, dtype=torch.int32)
 
     first = segments
@@ -233,17 +230,8 @@ def run_backward(
             (k, v, *gate.tensors, cu, initial_state, starts, states, None),
             (
                 *(1.0, *args.scalars, T, N, state_heads, segments, first, count, length),
-                *(
-                    grads.kept_tokens,
-                    kept,
-                    problem.k_group // problem.s_group,
-                    1,
-                    1,
-                    0,
-                    0,
-                    from_start,
-                ),
-                *(packed, int(initial_state is not None), *args.flag),
+                *(grads.kept_tokens, kept, problem.k_group // problem.s_group, 1, 1),
+                *(0, 0, from_start, packed, int(initial_state is not None), *args.flag),
                 *(*k_strides, *v_strides, *args.strides),
             ),
             tiles("gla_states", spec, config.states) * count * B * state_heads,

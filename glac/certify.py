@@ -7,13 +7,12 @@ it has changed, compiling tells whether the rows have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from glac.compile import CompiledKernel, compile_many, toolchain
+from glac.compile import compile_many, toolchain
 from glac.errors import ConfigError, GlacError
 from glac.gpus import GPUS
-from glac.kernelspec import KernelSpec, config_kernels
+from glac.kernelspec import config_kernels
 from glac.record import dataclass
 from glac.templates import templates_sha256
 from glac.tuned import TunedFile, TunedRow
@@ -34,17 +33,12 @@ class Certified:
     kernels: int
 
 
-def certify(
-    file: TunedFile,
-    jobs: int | None = None,
-    on_done: Callable[[KernelSpec, CompiledKernel | GlacError], None] | None = None,
-) -> Certified:
+def certify(file: TunedFile, jobs: int | None = None) -> Certified:
     """Compile every row of the ops whose templates changed and compare with what was measured.
 
     Args:
         file: to be signed.
         jobs: kernels compiled at a time, all CPUs if None.
-        on_done: told of every kernel.
 
     Raises:
         ConfigError: a kernel does not compile or differs, or another toolchain made the rows.
@@ -66,7 +60,7 @@ def certify(
     }
     measured = {kernel.name: kernel.cubin_sha256 for row in rows for kernel in row.kernels}
     changed: dict[str, TunedRow] = {}
-    for kernel, built in compile_many(wanted, jobs, on_done).items():
+    for kernel, built in compile_many(wanted, jobs).items():
         if isinstance(built, GlacError) or built.sha256 != measured[kernel.name]:
             changed[kernel.name] = wanted[kernel]
     if changed:

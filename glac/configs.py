@@ -167,6 +167,11 @@ class TileKernelConfig(_KernelConfig):
         """Tokens from one kept state to the next."""
         return self.chunk * self.keep
 
+    @property
+    def found_again(self) -> int:
+        """Elements of the states that a program finds again at a time, 0 where all are kept."""
+        return self.keep * self.block_k * self.block_v if self.keep > 1 else 0
+
 
 @dataclass(frozen=True, order=True)
 class ExactKernelConfig(_KernelConfig):
@@ -886,6 +891,13 @@ def default_backward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> Back
         grads=TileKernelConfig(chunk, block_k, block_v, warps, walk.num_stages, dv=whole),
         dv=None if whole else walk,
     )
+    return cut_backward(config, spec, bucket, gpu)
+
+
+def cut_backward(
+    config: BackwardConfig, spec: Specialisation, bucket: Bucket, gpu: GpuSpec
+) -> BackwardConfig:
+    """``config`` with segments that suit ``bucket``, which needs no other kernels."""
     return replace(config, segment=suitable_segment(config, spec, bucket, gpu))
 
 
@@ -947,7 +959,7 @@ def suited(
     ``new_kernels`` a forward config may also get the kernel for segments that it lacks.
     """
     if isinstance(config, BackwardConfig):
-        return replace(config, segment=suitable_segment(config, spec, bucket, gpu))
+        return cut_backward(config, spec, bucket, gpu)
     if isinstance(config, ForwardConfig) and (config.summary is not None or new_kernels):
         return cut_forward(config, spec, bucket, gpu)
     return config

@@ -28,6 +28,7 @@ from glac.configs import (
     KernelConfig,
     ScalarBackwardConfig,
     ScalarForwardConfig,
+    cut_backward,
     default_config,
     packed_segment,
     suitable_segment,
@@ -279,8 +280,7 @@ def _walks_in_vain(config: Config, problem: Problem, gpu: GpuSpec) -> bool:
 
     if problem.packed:
         return True
-    segment = suitable_segment(config, problem.spec, problem.bucket, gpu)
-    apart = replace(config, segment=segment)
+    apart = cut_backward(config, problem.spec, problem.bucket, gpu)
     every = replace(apart, grads=replace(apart.grads, keep=1))
     return not cut(problem, apart).segments == 1 < cut(problem, every).segments
 

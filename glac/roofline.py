@@ -331,9 +331,8 @@ def kept_states_bytes(problem: Problem, config: BackwardConfig) -> int:
     grads = config.grads
     slots = way.at_once * math.ceil(min(way.length, problem.T) / grads.kept_tokens)
     kept = slots * problem.B * problem.state_heads * spec.K * spec.V
-    if grads.keep > 1:  # and a few states of each program
-        programs = tiles("gla_bwd", spec, grads) * problem.B * problem.H * way.at_once
-        kept += programs * grads.keep * grads.block_k * grads.block_v
+    programs = tiles("gla_bwd", spec, grads) * problem.B * problem.H * way.at_once
+    kept += programs * grads.found_again
     kept *= state_dtype(spec).itemsize
     if way.segments == 1:
         return kept
@@ -481,6 +480,8 @@ def named_gpu(device: str) -> GpuSpec | None:
 
 def tuned_measurements(problem: Problem, gpu: GpuSpec, op: Op) -> list[Measurement]:
     """Times in the tuned files that came with glac, of the GPU and its relatives."""
+    if op is Op.DECODE:  # a row's time is that of two calls, with fp32 and with bf16 states
+        return []
     from glac.tuned import shipped
 
     found: dict[tuple[str, float], Measurement] = {}
@@ -490,8 +491,6 @@ def tuned_measurements(problem: Problem, gpu: GpuSpec, op: Op) -> list[Measureme
             device = row.stats.measured_on or (file.measured_on if file else "")
             spec = named_gpu(device)
             if row.op is not op or row.problem != problem or spec is None or not row.stats.us:
-                continue
-            if op is Op.DECODE:  # whose study times two calls, with fp32 and with bf16 states
                 continue
             key = device, row.stats.us  # a file may hold the rows of a relative
             found.setdefault(

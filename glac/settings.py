@@ -63,6 +63,9 @@ def require_aot() -> bool:
     return _REQUIRE_AOT in _present and _flag("GLAC_REQUIRE_AOT")
 
 
+DEFAULT_SCRATCH_BYTES = 80 << 20
+
+
 def scratch_bytes() -> int:
     """``GLAC_SCRATCH_MIB`` in bytes: of states that a backward pass keeps all at once.
 
@@ -71,7 +74,7 @@ def scratch_bytes() -> int:
     """
     raw = os.environ.get("GLAC_SCRATCH_MIB", "").strip()
     if not raw:
-        return 80 << 20
+        return DEFAULT_SCRATCH_BYTES
     if not (raw.isascii() and raw.isdigit()) or len(raw) > 9:
         raise ConfigError(
             f"GLAC_SCRATCH_MIB must be a whole number of MiB, got {raw!r}",

@@ -47,11 +47,11 @@ from glac.configs import (
     ScalarForwardConfig,
     TileKernelConfig,
     TurnedKernelConfig,
+    cut_backward,
     default_config,
     grads_illegal,
     padded_k,
     padded_v,
-    suitable_segment,
     why_illegal,
 )
 from glac.errors import ConfigError
@@ -331,7 +331,7 @@ def _backward_configs(
             states = states[: STATES_TRIED if grads.keep == 1 else 1]
             values = [None] if dv else list(by_tile.values())[:DV_TRIED]
             found += [BackwardConfig(s, grads, v) for s in states for v in values]
-    cut = [replace(c, segment=suitable_segment(c, spec, problem.bucket, gpu)) for c in found]
+    cut = [cut_backward(c, spec, problem.bucket, gpu) for c in found]
     legal = [c for c in cut if why_illegal(spec, c, gpu) is None and c != default]
     legal.sort(key=lambda c: (_grads_prior(c.grads, spec, gpu), c.slug))
     return legal

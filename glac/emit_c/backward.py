@@ -28,10 +28,11 @@ from glac.emit_c.passes import (
     row_fields,
     segment_states,
 )
+from glac.settings import DEFAULT_SCRATCH_BYTES
 from glac.templates import state_dtype
 
-KEEP_BYTES = 80 << 20
-"""What ``GLAC_SCRATCH_MIB`` is by default, in bytes."""
+KEEP_BYTES = DEFAULT_SCRATCH_BYTES
+"""What C takes where a call does not say: it reads no environment."""
 
 _GRADIENTS = {
     **{name: f"call->{name}" for name in ("h0", "dht", "dq", "dk", "dv", "dg", "dh0")},
@@ -115,14 +116,13 @@ def _define(item: Function, kernels: Kernels) -> Iterator[str]:
         ]
         segment, step = cuts(config)
         grads = config.grads
-        again = grads.keep * grads.block_k * grads.block_v if grads.keep > 1 else 0
         way = {
             "segment": segment,
             "step": step,
             "kept_tokens": grads.kept_tokens,
             "tiles": kernels.of(item, inner[1]).tiles,
             "state_bytes": spec.K * spec.V * bytes_each,
-            "again_bytes": again * bytes_each,
+            "again_bytes": grads.found_again * bytes_each,
         }
         values = ", ".join(f".{name} = {value}" for name, value in way.items())
         sized = [
@@ -248,7 +248,7 @@ typedef struct row_way {
   int64_t kept_tokens;    /* from one kept state to the next */
   int64_t tiles;          /* programs of a segment of a head */
   int64_t state_bytes;    /* of one that is kept */
-  int64_t again_bytes;  /* of those that a program finds again between kept ones */
+  int64_t again_bytes;    /* of those that a program finds again between kept ones */
 } row_way;
 
 /* Segments, or windows of whole sequences, and how many go into one launch: glac.backward.cut. */
