@@ -25,6 +25,8 @@ MAX_REGISTERS = (0, 64, 80, 96, 128, 168)
 EXACT_ROWS = 16
 KEEPS = (1, 2, 4, 8)
 MAX_SEGMENTS = 256
+MOST_PARTS = 8
+"""Of the gradient of a scalar gate, as in ``kernel_templates/scalar_bwd_dv.py``."""
 MAX_STATE_REGISTERS = 256
 """Of a state tile per thread: one that has 255 and spills a little can still be the fastest."""
 
@@ -251,8 +253,10 @@ KERNEL_CONFIGS: dict[str, type[KernelConfig]] = {
     "gla_bwd": TileKernelConfig,
     "gla_bwd_exact": ExactKernelConfig,
     "scalar_fwd": TurnedKernelConfig,
-    "scalar_bwd_states": ChunkKernelConfig,
-    "scalar_bwd": ChunkKernelConfig,
+    "scalar_states": ChunkKernelConfig,
+    "scalar_bwd_chunks": ChunkKernelConfig,
+    "scalar_bwd": TileKernelConfig,
+    "scalar_bwd_dv": ChunkKernelConfig,
     "gla_decode": DecodeKernelConfig,
 }
 """Which config each template takes."""
@@ -500,48 +504,75 @@ class ScalarForwardConfig:
 
 @dataclass(frozen=True)
 class ScalarBackwardConfig:
-    """How one backward problem with a scalar gate runs.
+    """How one backward problem with a scalar gate runs: ``chunks``, or ``grads`` and ``dv``.
 
     Attributes:
-        op, main, PARTS: as in ``ForwardConfig``.
-        states: the kernel that keeps the state at the start of each chunk, and the gradient of
-            the state at its end.
-        grads: the kernel that makes all gradients of a chunk; its chunk is that of ``states``.
+        op, PARTS: as in ``ForwardConfig``.
+        states: the kernel that keeps the state at the start of each chunk, and for ``chunks`` the
+            gradient of the state at its end.
+        chunks: the kernel that makes all gradients of a chunk, for all chunks at once; or None.
+        grads: the kernel that makes dq, dk and dg on its way back through a sequence; or None.
+        dv: the kernel that makes dv likewise. Beside ``chunks`` it may be missing; where K = V it
+            makes dk, too, if nobody wants dg.
     """
 
     op: ClassVar[Op] = Op.SCALAR_BACKWARD
-    main: ClassVar[str] = "scalar_bwd"
-    PARTS: ClassVar[Mapping[str, str]] = {"scalar_bwd_states": "states", "scalar_bwd": "grads"}
+    PARTS: ClassVar[Mapping[str, str]] = {
+        "scalar_states": "states",
+        "scalar_bwd_chunks": "chunks",
+        "scalar_bwd": "grads",
+        "scalar_bwd_dv": "dv",
+    }
 
     states: ChunkKernelConfig
-    grads: ChunkKernelConfig
+    chunks: ChunkKernelConfig | None = None
+    grads: TileKernelConfig | None = None
+    dv: ChunkKernelConfig | None = None
+
+    @property
+    def main(self) -> str:
+        """The kernel that decides how long it takes."""
+        return "scalar_bwd" if self.chunks is None else "scalar_bwd_chunks"
+
+    @property
+    def chunk(self) -> int:
+        """Tokens from one kept state to the next."""
+        return self.states.chunk
 
     def kernels(self) -> dict[str, KernelConfig]:
         """Template name to kernel config, in launch order."""
-        return {"scalar_bwd_states": self.states, "scalar_bwd": self.grads}
+        found = {name: getattr(self, part) for name, part in self.PARTS.items()}
+        return {name: config for name, config in found.items() if config is not None}
 
     def with_part(self, part: str, kernel: Any) -> ScalarBackwardConfig:
         """This config with another kernel config in field ``part``, and equal chunks."""
-        change: dict[str, Any] = {
-            "states": replace(self.states, chunk=kernel.chunk),
-            "grads": replace(self.grads, chunk=kernel.chunk),
-            part: kernel,
-        }
+        change: dict[str, Any] = {part: kernel}
+        if part != "dv":
+            for other in ("states", "chunks", "grads"):
+                old = getattr(self, other)
+                if other != part and old is not None:
+                    change[other] = replace(old, chunk=kernel.chunk)
         return replace(self, **change)
 
     @property
     def slug(self) -> str:
-        return f"{self.grads.slug}-st_{self.states.slug}"
+        main = self.grads or self.chunks
+        dv = f"-dv_{self.dv.slug}" if self.dv else ""
+        return f"{main.slug if main else ''}-st_{self.states.slug}{dv}"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        parts = {part: getattr(self, part) for part in self.PARTS.values()}
+        return {part: None if c is None else c.to_dict() for part, c in parts.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> ScalarBackwardConfig:
         d = strict_fields(cls, data, where)
+        chunks, grads, dv = d["chunks"], d["grads"], d["dv"]
         return cls(
             ChunkKernelConfig.from_dict(d["states"], f"{where}.states"),
-            ChunkKernelConfig.from_dict(d["grads"], f"{where}.grads"),
+            None if chunks is None else ChunkKernelConfig.from_dict(chunks, f"{where}.chunks"),
+            None if grads is None else TileKernelConfig.from_dict(grads, f"{where}.grads"),
+            None if dv is None else ChunkKernelConfig.from_dict(dv, f"{where}.dv"),
         )
 
 
@@ -805,14 +836,39 @@ def _why_illegal_backward(
     return _segment_illegal(config.segment, config.chunk_step) if config.segment else None
 
 
+def scalar_grads_illegal(
+    spec: Specialisation, grads: TileKernelConfig, gpu: GpuSpec
+) -> str | None:
+    """``why_illegal`` of the gradient kernel that walks, alone."""
+    reason = _why_illegal_walk(spec, grads, gpu, "grads", 2, 2)
+    if reason:
+        return reason
+    if grads.dv or grads.keep > 1:
+        return "grads.dv and grads.keep are not for scalar gates"
+    parts = -(-spec.K // grads.block_k) * -(-spec.V // grads.block_v)
+    if parts > MOST_PARTS:
+        return f"grads cut the state into {parts} tiles, at most {MOST_PARTS} can be added up"
+    return None
+
+
 def _why_illegal_scalar_backward(
     spec: Specialisation, config: ScalarBackwardConfig, gpu: GpuSpec
 ) -> str | None:
-    reason = _why_illegal_walk(spec, config.states, gpu, "states", 1, 1)
-    reason = reason or _why_illegal_walk(spec, config.grads, gpu, "grads", 1, 2)
-    if reason is None and config.states.chunk != config.grads.chunk:
-        return f"states.chunk must be that of grads, {config.grads.chunk}"
-    return reason
+    states, chunks, grads, dv = config.states, config.chunks, config.grads, config.dv
+    reason = (
+        _why_illegal_walk(spec, states, gpu, "states", 1, 1)
+        or (chunks and _why_illegal_walk(spec, chunks, gpu, "chunks", 1, 2))
+        or (grads and scalar_grads_illegal(spec, grads, gpu))
+        or (dv and _why_illegal_walk(spec, dv, gpu, "dv", 2, 1))
+    )
+    if reason:
+        return reason
+    if (chunks is None) == (grads is None):
+        return "one of chunks and grads must be given"
+    for name, part in (("chunks", chunks), ("grads", grads)):
+        if part is not None and part.chunk != states.chunk:
+            return f"{name}.chunk must be that of states, {states.chunk}"
+    return "dv must be given beside grads" if grads is not None and dv is None else None
 
 
 def why_illegal(spec: Specialisation, config: Config, gpu: GpuSpec) -> str | None:
@@ -983,24 +1039,48 @@ def default_scalar_forward(spec: Specialisation, gpu: GpuSpec) -> ScalarForwardC
     return ScalarForwardConfig(TurnedKernelConfig(32 if wide else 64, block_v, warps, 2))
 
 
-def default_scalar_backward(spec: Specialisation, gpu: GpuSpec) -> ScalarBackwardConfig:
-    """The backward config of a scalar gate where nothing was tuned."""
+def default_scalar_backward(
+    spec: Specialisation, gpu: GpuSpec, bucket: Bucket
+) -> ScalarBackwardConfig:
+    """The backward config of a scalar gate where nothing was tuned.
+
+    Measured on an H100: with as many heads as SMs, walking takes 503 us at 16,2048,8,128,128 where
+    chunks at once take 627; with 32 heads 392 instead of 301 at 8,2048,4,128,256.
+    """
     wide = spec.dtype is not DType.BF16
-    block_v = min(padded_v(spec), 32 if wide else 64)
+    bk, bv = padded_k(spec), padded_v(spec)
     chunk = 32 if wide else 64
-    walk = ChunkKernelConfig(chunk, block_v, 4 if padded_k(spec) <= 128 else 8, 2)
-    states = walk
-    if gpu.capability >= (9, 0) and not wide and padded_k(spec) <= 128:
-        # Measured on Hopper at K = V = 128. The gradients do without descriptors: a program would
-        # make nine of them and lives for one chunk.
-        tile = min(padded_v(spec), 128)
-        states = ChunkKernelConfig(chunk, tile, 8 if padded_k(spec) * tile > 64 * 64 else 4, 3)
-        if spec.K % 8 == spec.V % 8 == 0:
-            states = replace(states, tma=True)
-    return ScalarBackwardConfig(
-        states,
-        replace(walk, num_warps=8 if padded_k(spec) > 128 else 4, num_stages=1 if wide else 2),
-    )
+    plain = ChunkKernelConfig(chunk, min(bv, 32 if wide else 64), 4 if bk <= 128 else 8, 2)
+    states, grads = plain, None
+    if gpu.capability >= (9, 0) and not wide and bk <= 128:
+        tile = min(bv, 128)
+        aligned = spec.K % 8 == spec.V % 8 == 0
+        states = ChunkKernelConfig(chunk, tile, 8 if bk * tile > 64 * 64 else 4, 3, aligned)
+        if bk == 128 == bv and aligned:
+            grads = TileKernelConfig(chunk, bk, bv, 8, 2, tma=True)
+    dv = replace(states, chunk=32) if bk > 128 else states
+    walking = ScalarBackwardConfig(states, None, grads, dv)
+    if grads is not None and not idles(walking, spec, bucket, gpu):
+        return walking
+    # Without descriptors: a program would make nine of them, and lives for one chunk.
+    at_once = replace(plain, num_stages=1 if wide else 2)
+    bare = spec.K == spec.V and not few_programs(bucket, 1, gpu)
+    return ScalarBackwardConfig(states, at_once, None, dv if bare else None)
+
+
+def few_programs(bucket: Bucket, tiles: int, gpu: GpuSpec) -> bool:
+    """Whether ``tiles`` programs for each head of ``bucket`` leave half of the GPU idle."""
+    return 2 * tiles * (1 << max(0, bucket.bh)) < gpu.sm_count
+
+
+def idles(
+    config: ScalarBackwardConfig, spec: Specialisation, bucket: Bucket, gpu: GpuSpec
+) -> bool:
+    """Whether ``config`` walks sequences, and they are too few to keep half of the GPU busy."""
+    if config.grads is None:
+        return False
+    tiles = -(-spec.K // config.grads.block_k) * -(-spec.V // config.grads.block_v)
+    return few_programs(bucket, tiles, gpu)
 
 
 def default_decode(spec: Specialisation) -> DecodeConfig:
@@ -1026,5 +1106,5 @@ def default_config(op: Op, spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -
     if op is Op.SCALAR_FORWARD:
         return default_scalar_forward(spec, gpu)
     if op is Op.SCALAR_BACKWARD:
-        return default_scalar_backward(spec, gpu)
+        return default_scalar_backward(spec, gpu, bucket)
     return default_decode(spec)

@@ -30,6 +30,7 @@ from glac.configs import (
     ScalarForwardConfig,
     cut_backward,
     default_config,
+    idles,
     packed_segment,
     suitable_segment,
     suited,
@@ -257,8 +258,10 @@ def _cut_anyhow(
 
 
 def _idles(row: PackRow, gpu: GpuSpec, bucket: Bucket) -> bool:
-    """Whether a row made for another bucket lacks the kernels to cut sequences that should be."""
+    """Whether a row made for another bucket cannot keep the GPU busy with whole sequences."""
     config = row.config
+    if isinstance(config, ScalarBackwardConfig):
+        return row.bucket != bucket and idles(config, row.spec, bucket, gpu)
     return (
         row.bucket != bucket
         and isinstance(config, ForwardConfig)

@@ -10,7 +10,6 @@ the same kernels with other strides. By kernels where ``glac.dispatch`` has some
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -87,6 +86,11 @@ class ScalarProblem:
     @property
     def state_heads(self) -> int:
         return self.problem.H // self.groups.s
+
+    @property
+    def even(self) -> bool:
+        """Whether no heads share anything."""
+        return self.groups == HeadGroups()
 
 
 def check(i: ScalarInputs, precision: str = "ieee") -> ScalarProblem:
@@ -208,61 +212,72 @@ def run_forward(
     return o, final
 
 
-def _grouped(grad: Tensor, group: int) -> Tensor:
-    """The sum over heads that share a tensor, in fixed order; heads are dimension 2."""
-    return grad if group == 1 else torch.unflatten(grad, 2, (-1, group)).sum(3)
+def _grouped(grad: Tensor, group: int, dim: int = 2) -> Tensor:
+    """The sum over heads that share a tensor, in fixed order; ``dim`` is that of heads."""
+    return grad if group == 1 else torch.unflatten(grad, dim, (-1, group)).sum(dim + 1)
 
 
-def _backward_strides(i: ScalarInputs, do: Tensor) -> tuple[int, ...]:
-    unit_k, unit_v = stride_unit(i.q.shape[3]), stride_unit(i.v.shape[3])
-    return (
-        *(*strides(i.q, unit_k), *strides(i.k, unit_k), *strides(i.v, unit_v)),
-        *(*strides(do, unit_v), *_gate_strides(i.g)),
-    )
-
-
-def run_states(
+def _walk_states(
     plan: Plan[ScalarBackwardConfig],
     groups: HeadGroups,
     i: ScalarInputs,
     scale: float,
-    do: Tensor,
-    dht: Tensor | None,
-    *,
-    want_dh0: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The first launch of a backward pass.
+    do: Tensor | None,
+    ends: tuple[Tensor | None, Tensor | None, Tensor | None],
+    states: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Launch ``scalar_states``.
 
-    Returns:
-        The states before every chunk and their gradients behind it, ``[H, slots, K, V]``; the
-        gradient of the initial state, ``[N, Hs, K, V]`` in fp32, or None.
+    Args:
+        plan: of the backward pass.
+        groups: how heads share tensors.
+        i: the sequences.
+        scale: factor on the queries.
+        do: gradient of the outputs, or None.
+        ends: states to begin with at both ends, or None, and where that at the end of the last
+            walk goes.
+        states: ``[B, H, chunks, K, V]``, where states before chunks go, and gradients behind them,
+            each of which asks for a walk. Without both there is one, backward if ``do`` is given.
     """
-    config, spec, H, N = plan.config, plan.problem.spec, plan.problem.H, i.sequences
-    T, K, V, chunk = i.q.shape[1], spec.K, spec.V, plan.config.grads.chunk
-    slots = N * math.ceil(T / chunk) if i.cu_seqlens is None else T // chunk + N
-    kept = TORCH_DTYPES[state_dtype(spec)]
-    states, dstates = (
-        torch.empty((H, slots, K, V), dtype=kept, device=i.q.device) for _ in range(2)
-    )
-    dh0 = None
-    if want_dh0:
-        dh0 = torch.empty((N, H, K, V), dtype=torch.float32, device=i.q.device)
-    packed, gated = int(i.cu_seqlens is not None), int(i.g is not None)
-    flags = (int(i.initial_state is not None), int(dht is not None), int(want_dh0))
-    plan.kernels["scalar_bwd_states"].run(
+    spec, H = plan.problem.spec, plan.problem.H
+    first = int(states[0] is None and do is not None)
+    count = 2 if states[1] is not None else 1
+    unit_k, unit_v = stride_unit(spec.K), stride_unit(spec.V)
+    given = (i.cu_seqlens, i.g, *ends[:2], states[0], ends[2])
+    plan.kernels["scalar_states"].run(
+        (i.q, i.k, i.v, i.g, do, i.cu_seqlens, *ends[:2], *states, ends[2]),
         (
-            *(i.q, i.k, i.v, i.g, do, i.cu_seqlens),
-            *(i.initial_state, dht, states, dstates, dh0),
+            *(scale, i.q.shape[1], H, 0 if states[0] is None else states[0].shape[2]),
+            *(first, count, *groups.arguments, *(int(t is not None) for t in given)),
+            *(*strides(i.q, unit_k), *strides(i.k, unit_k), *strides(i.v, unit_v)),
+            *((0, 0, 0) if do is None else strides(do, unit_v)),
+            *_gate_strides(i.g),
         ),
-        (
-            *(scale, T, H, slots, *groups.arguments, packed, gated, *flags),
-            *_backward_strides(i, do),
-        ),
-        tiles("scalar_bwd_states", spec, config.states) * N * H,
+        count * tiles("scalar_states", spec, plan.config.states) * i.sequences * H,
     )
-    if dh0 is not None and groups.s > 1:
-        dh0 = torch.unflatten(dh0, 1, (-1, groups.s)).sum(2)
-    return states, dstates, dh0
+
+
+def added_states(
+    plan: Plan[ScalarBackwardConfig],
+    groups: HeadGroups,
+    i: ScalarInputs,
+    scale: float = 1.0,
+    do: Tensor | None = None,
+) -> Tensor:
+    """What each sequence adds to the state behind it, ``[N, Hs, K, V]`` in fp32.
+
+    Args:
+        plan: of the backward pass.
+        groups: how heads share tensors.
+        i: the sequences; initial states do not count.
+        scale: factor on the queries.
+        do: gradient of the outputs, for what each sequence adds to the gradient before it.
+    """
+    spec, H = plan.problem.spec, plan.problem.H
+    size = (i.sequences, H, spec.K, spec.V)
+    ends = torch.empty(size, dtype=torch.float32, device=i.q.device)
+    _walk_states(plan, groups, i, scale, do, (None, None, ends), (None, None))
+    return ends[:, :: groups.s].contiguous() if do is None else _grouped(ends, groups.s, dim=1)
 
 
 def run_backward(
@@ -277,35 +292,128 @@ def run_backward(
     want_dh0: bool,
 ) -> Gradients:
     """Launch a backward pass. Inputs are validated and laid out as the kernels want them."""
-    spec, H, N = plan.problem.spec, plan.problem.H, i.sequences
-    B, T, _, K = i.q.shape
-    states, dstates, dh0 = run_states(plan, groups, i, scale, do, dht, want_dh0=want_dh0)
-    slots = states.shape[1]
+    spec, config, H, N = plan.problem.spec, plan.config, plan.problem.H, i.sequences
+    (B, T, _, K), V, cu = i.q.shape, spec.V, i.cu_seqlens
 
     def new(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=i.q.device)
 
+    chunks = -(-T // config.chunk) if cu is None else T // config.chunk + N
+    size, kept = (B, H, chunks, K, V), TORCH_DTYPES[state_dtype(spec)]
+    states = new(*size, dtype=kept)
+    dstates = None if config.chunks is None else new(*size, dtype=kept)
+    dv = new(B, T, H, V, dtype=i.q.dtype)
     dg = new(B, T, H) if want_dg else None
-    dq, dk = new(B, T, H, K, dtype=i.q.dtype), new(B, T, H, K, dtype=i.q.dtype)
-    dv = new(B, T, H, spec.V, dtype=i.q.dtype)
-    packed, gated = int(i.cu_seqlens is not None), int(i.g is not None)
-    inputs = (i.q, i.k, i.v, i.g, do, i.cu_seqlens)
+    dh0 = new(N, H, K, V) if want_dh0 else None
+    flags = (int(cu is not None), int(i.g is not None))
     laid = _backward_strides(i, do)
-    plan.kernels["scalar_bwd"].run(
-        (*inputs, states, dstates, dq, dk, dv, dg),
-        (scale, T, H, N, slots, *groups.arguments, packed, gated, int(want_dg), *laid),
-        slots * H,
-    )
-    d_gate = None
-    if dg is not None:
-        d_gate = _grouped(dg, groups.s)
+    if config.chunks is not None:
+        ends = (i.initial_state, dht, dh0)
+        _walk_states(plan, groups, i, scale, do, ends, (states, dstates))
+        dq, dk = (new(B, T, H, K, dtype=i.q.dtype) for _ in range(2))
+        plan.kernels["scalar_bwd_chunks"].run(
+            (i.q, i.k, i.v, i.g, do, cu, states, dstates, dq, dk, dv, dg),
+            (scale, T, N, H, chunks, *groups.arguments, *flags, int(want_dg), *laid),
+            B * chunks * H,
+        )
+    else:
+        assert config.grads is not None
+        ends = (i.initial_state, None, None)
+        _walk_states(plan, groups, i, scale, do, ends, (states, None))
+        v_tiles = -(-V // config.grads.block_v)
+        n_parts = -(-K // config.grads.block_k) * v_tiles
+        dq, dk = (new(v_tiles, B, T, H, K, dtype=i.q.dtype) for _ in range(2))
+        parts = new(n_parts, B, T, H) if want_dg and n_parts > 1 else None
+        plan.kernels["scalar_bwd"].run(
+            (
+                *(i.q, i.k, i.v, i.g, do, cu, dht, states, dq, dk),
+                dg if parts is None else parts,
+                dh0,
+            ),
+            (
+                *(scale, T, B, H, chunks, *groups.arguments, *flags, int(dht is not None)),
+                *(int(want_dg), int(want_dh0), *laid),
+            ),
+            tiles("scalar_bwd", spec, config.grads) * N * H,
+        )
+        _walk_back(plan, groups, (i.q, i.k, do), i, scale, dht, dv, (parts, dg))
+        dq, dk = (t[0] if v_tiles == 1 else t.sum(0) for t in (dq, dk))
     return (
         _grouped(dq, groups.q),
         _grouped(dk, groups.k),
         _grouped(dv, groups.s),
-        d_gate,
-        dh0,
+        None if dg is None else _grouped(dg, groups.s),
+        None if dh0 is None else _grouped(dh0, groups.s, dim=1),
     )
+
+
+def _backward_strides(i: ScalarInputs, do: Tensor) -> tuple[int, ...]:
+    unit_k, unit_v = stride_unit(i.q.shape[3]), stride_unit(i.v.shape[3])
+    return (
+        *(*strides(i.q, unit_k), *strides(i.k, unit_k), *strides(i.v, unit_v)),
+        *(*strides(do, unit_v), *_gate_strides(i.g)),
+    )
+
+
+def _walk_back(
+    plan: Plan[ScalarBackwardConfig],
+    groups: HeadGroups,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    i: ScalarInputs,
+    scale: float,
+    dht: Tensor | None,
+    result: Tensor,
+    gate: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> None:
+    """Launch ``scalar_bwd_dv`` on q, k and do, or what stands for them.
+
+    Args:
+        plan: of the backward pass.
+        groups: how heads share these tensors.
+        tensors: q, k and do.
+        i: the gate and the sequences.
+        scale: factor on the queries.
+        dht: gradient of the final state, or None.
+        result: dv.
+        gate: parts of dg, and where their sum goes.
+    """
+    q, k, do = tensors
+    spec, H = plan.problem.spec, plan.problem.H
+    assert plan.config.dv is not None
+    (B, T), parts = q.shape[:2], gate[0]
+    unit_k, unit_v = stride_unit(spec.K), stride_unit(spec.V)
+    flags = (int(t is not None) for t in (i.cu_seqlens, i.g, dht))
+    plan.kernels["scalar_bwd_dv"].run(
+        (q, k, i.g, do, i.cu_seqlens, dht, result, parts, gate[1]),
+        (
+            *(scale, T, B, H, 0 if parts is None else parts.shape[0], *groups.arguments, *flags),
+            *(*strides(q, unit_k), *strides(k, unit_k), *strides(do, unit_v)),
+            *_gate_strides(i.g),
+        ),
+        tiles("scalar_bwd_dv", spec, plan.config.dv) * i.sequences * H,
+    )
+
+
+def run_gateless(
+    forwards: Plan[ScalarForwardConfig],
+    plan: Plan[ScalarBackwardConfig],
+    i: ScalarInputs,
+    scale: float,
+    do: Tensor,
+) -> Gradients:
+    """Launch a backward pass in which only dq, dk and dv are wanted, for K = V and equal heads.
+
+    Each is a pass like the forward one, dq forward in time with (do, v, k) for (q, k, v), dk back
+    in time with (do, v, q) for (q, k, do), and dv with what it is named for. So no state goes
+    through memory: 351 us instead of 490 at 16,2048,8,128,128 on an H100.
+    """
+    groups = HeadGroups()
+    turned = ScalarInputs(do, i.v, i.k, i.g, None, i.cu_seqlens)
+    dq = run_forward(forwards, groups, turned, scale, False)[0]
+    dk, dv = torch.empty_like(dq), torch.empty_like(dq)
+    _walk_back(plan, groups, (do, i.v, i.q), i, scale, None, dk)
+    _walk_back(plan, groups, (i.q, i.k, do), i, scale, None, dv)
+    return dq, dk, dv, None, None
 
 
 # ---- PyTorch ----
@@ -558,8 +666,12 @@ def backward(
         with torch.cuda.device(i.q.device):
             forwards = dispatch.resolve(resolved, index, Op.SCALAR_FORWARD)[1]
             cut = scalar_segments.cut(forwards, checked, i, index)
+            spec, config = problem.spec, plan.config
+            bare = not (want_dg or want_dh0) and dht is None and i.initial_state is None
             if cut is not None:
                 grads = cut.backward(plan, scale, do, dht, **wanted)
+            elif bare and config.dv and forwards and spec.K == spec.V and checked.even:
+                grads = run_gateless(forwards, plan, i, scale, do)
             else:
                 grads = run_backward(plan, checked.groups, i, scale, do, dht, **wanted)
     dq, dk, dv, dg, dh0 = grads

@@ -135,10 +135,11 @@ class Segments(NamedTuple):
         want_dh0: bool,
     ) -> scalar.Gradients:
         """As ``glac.scalar.run_backward`` of the whole call, by ``plan``."""
-        i = replace(self.cut, initial_state=self.starts(scale))
         do = do.reshape(1, -1, *do.shape[2:])
-        added = scalar.run_states(plan, self.groups, i, scale, do, None, want_dh0=True)[2]
-        assert added is not None
+        added = scalar.added_states(plan, self.groups, self.cut)
+        starts = self._chain(added, self.whole.initial_state)
+        i = replace(self.cut, initial_state=starts)
+        added = scalar.added_states(plan, self.groups, self.cut, scale, do)
         ends = self._chain(added, dht, reverse=True)
         dq, dk, dv, dg, dh0 = scalar.run_backward(
             plan, self.groups, i, scale, do, ends, want_dg=want_dg, want_dh0=want_dh0

@@ -4,7 +4,7 @@
     standard   what a first study tunes and `glac bench` times by default
     grid       the performance grid: ten shapes, each with a dense and a low-rank gate
     lengths    1K to 131K tokens per sequence, always 131072 tokens in all
-    scalar     four of the standard shapes with one gate per token and head
+    scalar     four of the standard shapes with one gate per token and head, and few heads
     decode     one token for each of 32 sequences, with gates per channel and per head
     full       all of these but grid and lengths, and more lengths, head counts, ranks and dtypes
 
@@ -93,7 +93,8 @@ def _suites() -> dict[str, tuple[Problem, ...]]:
         make_problem((1, 2048, 8, 128, 128), Gate.LOWRANK, 16),
         make_problem(SHAPES[3], Gate.LOWRANK, 16),
     )
-    scalar = tuple(make_problem(shape, Gate.SCALAR) for shape in SHAPES[:4])
+    few_heads = ((8, 1024, 8, 64, 64), (8, 2048, 4, 128, 128))
+    scalar = tuple(make_problem(shape, Gate.SCALAR) for shape in (*SHAPES[:4], *few_heads))
     wide_scalar = tuple(make_problem(s, Gate.SCALAR, gate_dtype=DType.FP32) for s in SHAPES[:2])
     decode = tuple(
         make_problem((32, 1, 16, width, width), gate)

@@ -84,7 +84,7 @@ _BWD_ARGS = (
     f"{_STRIDES['do']} {_STRIDES['g']} {_X_STRIDES}"
 )
 
-_HEAD_GROUPS = "q_group:i32 k_group:i32 s_group:i32"
+_SCALAR_STRIDES = " ".join(_STRIDES[name] for name in ("q", "k", "v", "do", "g"))
 _QKV_STRIDES = "q_b:i32 q_t:i32 q_h:i32 k_b:i32 k_t:i32 k_h:i32 v_b:i32 v_t:i32 v_h:i32"
 
 TEMPLATES: dict[str, Template] = {
@@ -166,37 +166,54 @@ TEMPLATES: dict[str, Template] = {
             "scalar_fwd",
             _args(
                 "q:*io k:*io v:*io g:*gate cu:*i32 o:*io h0:*fp32 ht:*fp32 scale:fp32 T:i32 "
-                f"H:i32 {_HEAD_GROUPS} has_cu:i32 has_g:i32 has_h0:i32 has_ht:i32 {_QKV_STRIDES} "
+                f"H:i32 {_GROUPS} has_cu:i32 has_g:i32 has_h0:i32 has_ht:i32 {_QKV_STRIDES} "
                 "g_b:i32 g_t:i32 g_h:i32"
             ),
             ("heads",),
         ),
         Template(
-            "scalar_bwd_states",
+            "scalar_states",
             _args(
                 "q:*io k:*io v:*io g:*gate do:*io cu:*i32 h0:*fp32 dht:*fp32 states:*state "
-                f"dstates:*state dh0:*fp32 scale:fp32 T:i32 H:i32 slots:i32 {_HEAD_GROUPS} "
-                f"has_cu:i32 has_g:i32 has_h0:i32 has_dht:i32 has_dh0:i32 {_QKV_STRIDES} "
-                "do_b:i32 do_t:i32 do_h:i32 g_b:i32 g_t:i32 g_h:i32"
+                "dstates:*state ends:*fp32 scale:fp32 T:i32 H:i32 n_chunk:i32 direction:i32 "
+                f"directions:i32 {_GROUPS} has_cu:i32 has_g:i32 has_h0:i32 has_dht:i32 "
+                f"keep_states:i32 has_ends:i32 {_SCALAR_STRIDES}"
             ),
             ("heads",),
         ),
         Template(
-            "scalar_bwd",
+            "scalar_bwd_chunks",
             _args(
                 "q:*io k:*io v:*io g:*gate do:*io cu:*i32 states:*state dstates:*state dq:*io "
-                f"dk:*io dv:*io dg:*fp32 scale:fp32 T:i32 H:i32 N:i32 slots:i32 {_HEAD_GROUPS} "
-                f"has_cu:i32 has_g:i32 has_dg:i32 {_QKV_STRIDES} "
-                "do_b:i32 do_t:i32 do_h:i32 g_b:i32 g_t:i32 g_h:i32"
+                f"dk:*io dv:*io dg:*fp32 scale:fp32 T:i32 N:i32 H:i32 n_chunk:i32 {_GROUPS} "
+                f"has_cu:i32 has_g:i32 has_dg:i32 {_SCALAR_STRIDES}"
             ),
-            ("heads", "slots"),
+            ("heads", "chunks"),
+        ),
+        Template(
+            "scalar_bwd",
+            _args(
+                "q:*io k:*io v:*io g:*gate do:*io cu:*i32 dht:*fp32 states:*state dq:*io dk:*io "
+                f"dg:*fp32 dh0:*fp32 scale:fp32 T:i32 B:i32 H:i32 n_chunk:i32 {_GROUPS} "
+                f"has_cu:i32 has_g:i32 has_dht:i32 has_dg:i32 has_dh0:i32 {_SCALAR_STRIDES}"
+            ),
+            ("heads",),
+        ),
+        Template(
+            "scalar_bwd_dv",
+            _args(
+                "q:*io k:*io g:*gate do:*io cu:*i32 dht:*fp32 dv:*io parts:*fp32 dg:*fp32 "
+                f"scale:fp32 T:i32 B:i32 H:i32 n_parts:i32 {_GROUPS} has_cu:i32 has_g:i32 "
+                f"has_dht:i32 {_STRIDES['q']} {_STRIDES['k']} {_STRIDES['do']} {_STRIDES['g']}"
+            ),
+            ("heads",),
         ),
         Template(
             "gla_decode",
             _args(
                 "q:*io k:*io v:*io g:*gate x:*io w:*io bias:*gate from32:*fp32 from16:*bf16 "
                 "to32:*fp32 to16:*bf16 idx:*i32 cu:*i32 o:*io scale:fp32 inv_normalizer:fp32 "
-                f"clamp_log2:fp32 T:i32 H:i32 {_HEAD_GROUPS} n_slots:i32 idx_step:i32 has_cu:i32 "
+                f"clamp_log2:fp32 T:i32 H:i32 {_GROUPS} n_slots:i32 idx_step:i32 has_cu:i32 "
                 "has_g:i32 state_in:i32 state_out:i32 in_place:i32 per_token:i32 has_bias:i32 "
                 f"{_QKV_STRIDES} g_b:i32 g_t:i32 g_h:i32 x_b:i32 x_t:i32 from_n:i32 from_h:i32 "
                 "to_n:i32 to_t:i32 to_h:i32"
@@ -219,7 +236,7 @@ FORWARD = (
 BACKWARD = ("gla_states", "gla_combine", "gla_bwd", "gla_bwd_exact", "gla_bwd_dv")
 """Templates of the backward pass."""
 
-SCALAR_BACKWARD = ("scalar_bwd_states", "scalar_bwd")
+SCALAR_BACKWARD = ("scalar_states", "scalar_bwd_chunks", "scalar_bwd", "scalar_bwd_dv")
 """Templates of the backward pass with a scalar gate."""
 
 OP_TEMPLATES: dict[Op, tuple[str, ...]] = {
@@ -300,8 +317,10 @@ _TILED_K = (TileKernelConfig, ExactKernelConfig)
 
 _WITHOUT = {
     "scalar_fwd": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
-    "scalar_bwd_states": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
-    "scalar_bwd": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
+    "scalar_states": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
+    "scalar_bwd_chunks": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
+    "scalar_bwd": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED", "DV", "KEEP"),
+    "scalar_bwd_dv": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
     "gla_states": ("BX", "INTERPRETED"),
     "gla_prepare": ("V", "UV", "BX", "INTERPRETED"),
     "gla_walk_states": ("INTERPRETED",),
@@ -385,10 +404,8 @@ def tiles(template: str, spec: Specialisation, config: KernelConfig) -> int:
     if isinstance(config, PrepareKernelConfig):
         return 1
     v_tiles = math.ceil(spec.V / config.block_v)
-    if template == "scalar_bwd":  # walks all V tiles of its chunk
+    if template == "scalar_bwd_chunks":  # walks all V tiles of its chunk
         return 1
-    if template == "scalar_bwd_states":
-        return 2 * v_tiles  # both directions
     if isinstance(config, TileKernelConfig | ExactKernelConfig):
         return math.ceil(spec.K / config.block_k) * v_tiles
     return v_tiles

@@ -61,3 +61,9 @@ def sequence_bounds(cu, i_n, T, has_cu):
         length = tl.minimum(tl.maximum(tl.load(cu + i_n + 1), begin), T) - begin
         i_b = tl.zeros_like(i_b)
     return begin, length, i_b
+
+
+@triton.jit
+def first_slot(bos, i_n, has_cu, BT: tl.constexpr):
+    """Slot of the first chunk of a sequence that begins with token ``bos`` of its row."""
+    return (bos // BT + i_n if has_cu != 0 else i_n * 0).to(tl.int64)

@@ -63,6 +63,10 @@ PREPARED = ForwardConfig(CHUNK, prepare=PrepareKernelConfig(32, 16, 4, 2))
 PREPARED_SPLIT = replace(PREPARED, segment=64, summary=CHUNK)
 ONE_NUMBER = ScalarForwardConfig(TurnedKernelConfig(32, 16, 4, 2))
 ONE_NUMBER_BACK = ScalarBackwardConfig(CHUNK, CHUNK)
+ONE_NUMBER_WALK = ScalarBackwardConfig(
+    CHUNK, None, TileKernelConfig(32, 32, 64, 4, 2), replace(CHUNK, chunk=64)
+)
+ONE_NUMBER_IN_TILES = ScalarBackwardConfig(CHUNK, None, TileKernelConfig(32, 32, 16, 4, 2), CHUNK)
 BACK = BackwardConfig(CHUNK, TileKernelConfig(32, 64, 64, 4, 2, dv=True))
 BACK_CUT = BackwardConfig(CHUNK, TileKernelConfig(32, 32, 64, 4, 2, keep=2), CHUNK, 64)
 BACK_IN_TILES = BackwardConfig(CHUNK, TileKernelConfig(32, 32, 16, 4, 2), CHUNK)
@@ -164,6 +168,8 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
         PackRow.make("h100", "tuned", "", LOWRANK, Bucket(9, 13), PREPARED_SPLIT),
         PackRow.make("h100", "tuned", "", SCALAR, Bucket(5, 9), ONE_NUMBER),
         PackRow.make("h100", "tuned", "", SCALAR, Bucket(5, 9), ONE_NUMBER_BACK),
+        PackRow.make("h100", "tuned", "", SCALAR, Bucket(7, 9), ONE_NUMBER_WALK),
+        PackRow.make("h100", "tuned", "", SCALAR, Bucket(8, 9), ONE_NUMBER_IN_TILES),
         PackRow.make("h100", "tuned", "", DENSE, Bucket(5, 9), BACK),
         PackRow.make("h100", "tuned", "", DENSE, Bucket(5, 13), BACK_CUT),
         PackRow.make("h100", "tuned", "", LOWRANK, Bucket(5, 9), BACK),
@@ -191,6 +197,7 @@ NAMES = {
     (DENSE, BACK_CUT): "glac_sm90a_bwd_k64_v48_vector_bf16_gfp32_bh5_t13",
     (SCALAR, ONE_NUMBER): "glac_sm90a_fwd_k64_v48_scalar_bf16_gfp32_bh5_t9",
     (SCALAR, ONE_NUMBER_BACK): "glac_sm90a_bwd_k64_v48_scalar_bf16_gfp32_bh5_t9",
+    (SCALAR, ONE_NUMBER_WALK): "glac_sm90a_bwd_k64_v48_scalar_bf16_gfp32_bh7_t9",
     (DENSE, DECODE): "glac_sm90a_decode_k64_v48_vector_bf16_gfp32_bh9_t0",
     (LOWRANK, DECODE): "glac_sm90a_decode_k64_v48_lowrank16_bf16_bh9_t0",
     (SCALAR, DECODE): "glac_sm90a_decode_k64_v48_scalar_bf16_gfp32_bh9_t0",
@@ -200,6 +207,7 @@ NAMES = {
 def test_rows_whose_results_pytorch_adds_up_have_no_function(pack: Pack) -> None:
     assert set(function_names(pack)) == set(NAMES)
     assert [(row.spec, row.config, reason) for row, reason in left_out(pack)] == [
+        (SCALAR, ONE_NUMBER_IN_TILES, "PyTorch adds up gradients of 3 tiles of V"),
         (LOWRANK, BACK, "PyTorch sums up the gradients of a low-rank gate from parts"),
         (DENSE, BACK_IN_TILES, "PyTorch adds up gradients of 3 tiles of V"),
     ]
@@ -473,15 +481,16 @@ def test_scalar_gates_launch_what_python_does(
 
 
 @needs_gcc
+@pytest.mark.parametrize("config", [ONE_NUMBER_BACK, ONE_NUMBER_WALK], ids=["chunks", "walk"])
 @pytest.mark.parametrize("case", SCALAR_CASES)
 def test_gradients_of_scalar_gates_launch_what_python_does(
-    pack: Pack, built: Built, case: str
+    pack: Pack, built: Built, case: str, config: ScalarBackwardConfig
 ) -> None:
     inputs, fields = _scalar_call(case)
     states = inputs.initial_state is not None
     checked = scalar.check(inputs)
-    notes = Notes(pack, SCALAR, ONE_NUMBER_BACK)
-    plan = Plan(checked.problem, ONE_NUMBER_BACK, notes.kernels)
+    notes = Notes(pack, SCALAR, config)
+    plan = Plan(checked.problem, config, notes.kernels)
     do = torch.zeros(inputs.v.shape, dtype=torch.bfloat16)
     if case == "strides":
         do = _spread(do)
@@ -494,7 +503,7 @@ def test_gradients_of_scalar_gates_launch_what_python_does(
     fields.update((n, 0 if t is None else t.data_ptr()) for n, t in tensors.items())
     heads = fields.pop("Hs")
     del fields["Hq"], fields["Hk"]
-    answer, got = built.call(NAMES[SCALAR, ONE_NUMBER_BACK], {**fields, "H": heads})
+    answer, got = built.call(NAMES[SCALAR, config], {**fields, "H": heads})
     assert answer.split(maxsplit=1)[1] == "0 done"
     notes.compare(got, int(answer.split()[0]))
 
@@ -858,7 +867,7 @@ def test_the_text_depends_on_the_pack_alone(pack: Pack, tmp_path: Path) -> None:
     # Two GPUs with one config share a function; rows whose results PyTorch adds up have none.
     assert {name for name in NAMES.values() if f"int {name}(" in header} == set(NAMES.values())
     assert header.count("_workspace(const glac_forward *call);") == 8
-    assert header.count("_workspace(const glac_backward *call);") == 3
+    assert header.count("_workspace(const glac_backward *call);") == 4
     assert header.count("const glac_decode *call,\n    void *stream);") == 3
     assert "gla_bwd_k64_v48_lowrank16" not in source
     assert function_names(pack) == NAMES

@@ -39,6 +39,7 @@ from glac.configs import (
     TurnedKernelConfig,
     config_from_dict,
     default_config,
+    idles,
     is_legal,
     lesser_choices,
     segmentation,
@@ -147,7 +148,10 @@ ALL_CONFIGS = (
     FORWARD_CONFIGS
     | BACKWARD_CONFIGS
     | st.builds(ScalarForwardConfig, TURNED_CONFIGS)
-    | st.builds(ScalarBackwardConfig, CHUNK_CONFIGS, CHUNK_CONFIGS)
+    | st.builds(
+        ScalarBackwardConfig, CHUNK_CONFIGS, CHUNK_CONFIGS, st.none(), st.none() | CHUNK_CONFIGS
+    )
+    | st.builds(ScalarBackwardConfig, CHUNK_CONFIGS, st.none(), TILE_CONFIGS, CHUNK_CONFIGS)
     | st.builds(DecodeConfig, DECODE_CONFIGS)
 )
 BUCKETS = st.builds(Bucket, st.integers(0, 30), st.integers(0, 30))
@@ -189,6 +193,10 @@ STRICT: list[tuple[Any, Any]] = [
     (DecodeConfig, DecodeConfig(DecodeKernelConfig(32, 2))),
     (ScalarForwardConfig, ScalarForwardConfig(TurnedKernelConfig(32, 128, 8, 3))),
     (ScalarBackwardConfig, ScalarBackwardConfig(CONFIG.fwd, CONFIG.fwd)),
+    (
+        ScalarBackwardConfig,
+        ScalarBackwardConfig(CONFIG.fwd, None, BACKWARD.grads, CONFIG.fwd),
+    ),
     (PrepareKernelConfig, PREPARE),
     (ForwardConfig, CONFIG),
     (ForwardConfig, PREPARED),
@@ -196,6 +204,13 @@ STRICT: list[tuple[Any, Any]] = [
     (KernelSpec, KernelSpec("gla_fwd", SPEC, CONFIG.fwd, "sm_90a")),
     (KernelSpec, KernelSpec("gla_bwd", SPEC, BACKWARD.grads, "sm_90a")),
 ]
+
+
+MAY_BE_MISSING = {
+    (ForwardConfig, "summary"),
+    (BackwardConfig, "dv"),
+    *((ScalarBackwardConfig, part) for part in ("chunks", "grads", "dv")),
+}
 
 
 @hypothesis.given(st.sampled_from(STRICT), st.data())
@@ -212,7 +227,7 @@ def test_from_dict_is_strict(case: tuple[Any, Any], data: st.DataObject) -> None
     with pytest.raises(ConfigError, match="unknown keys"):
         cls.from_dict({**good, "surprise": 1})
     junk = data.draw(JUNK)
-    hypothesis.assume(not (junk is None and key in ("summary", "dv")))
+    hypothesis.assume(junk is not None or (cls, key) not in MAY_BE_MISSING)
     hypothesis.assume(not (isinstance(junk, bool) and key in ("tma", "dv")))
     with pytest.raises(ConfigError):
         cls.from_dict({**good, key: junk})
@@ -678,6 +693,39 @@ def test_a_scalar_backward_pass_has_one_chunk() -> None:
     spec = Specialisation(16, 16, DType.BF16, Gate.SCALAR, DType.FP32)
     tile = ChunkKernelConfig(32, 16, 4, 2)
     config = ScalarBackwardConfig(tile, replace(tile, chunk=64))
-    assert "states.chunk" in str(why_illegal(spec, config, H100))
-    changed = config.with_part("grads", replace(tile, chunk=16))
+    assert "chunks.chunk" in str(why_illegal(spec, config, H100))
+    changed = config.with_part("chunks", replace(tile, chunk=16))
     assert why_illegal(spec, changed, H100) is None
+    assert changed.main == "scalar_bwd_chunks"
+    walking = ScalarBackwardConfig(tile, None, TileKernelConfig(64, 16, 16, 4, 2), tile)
+    assert "grads.chunk" in str(why_illegal(spec, walking, H100))
+    changed = walking.with_part("states", replace(tile, chunk=64))
+    assert why_illegal(spec, changed, H100) is None
+    assert changed.main == "scalar_bwd"
+
+
+def test_a_scalar_backward_pass_goes_one_way() -> None:
+    spec = Specialisation(256, 512, DType.BF16, Gate.SCALAR, DType.FP32)
+    tile, grads = ChunkKernelConfig(32, 16, 8, 2), TileKernelConfig(32, 64, 256, 8, 2)
+    for config, reason in (
+        (ScalarBackwardConfig(tile), "one of chunks and grads"),
+        (ScalarBackwardConfig(tile, tile, grads, tile), "one of chunks and grads"),
+        (ScalarBackwardConfig(tile, None, grads), "dv must be given"),
+        (ScalarBackwardConfig(tile, None, replace(grads, keep=2), tile), "grads.keep"),
+        (ScalarBackwardConfig(tile, None, replace(grads, block_v=16), tile), "128 tiles"),
+    ):
+        assert reason in str(why_illegal(spec, config, H100))
+    assert why_illegal(spec, ScalarBackwardConfig(tile, None, grads, tile), H100) is None
+
+
+def test_few_heads_do_not_walk() -> None:
+    spec = Specialisation(128, 128, DType.BF16, Gate.SCALAR, DType.BF16)
+    many = default_config(Op.SCALAR_BACKWARD, spec, H100, Bucket(7, 11))
+    few = default_config(Op.SCALAR_BACKWARD, spec, H100, Bucket(5, 11))
+    assert isinstance(many, ScalarBackwardConfig)
+    assert isinstance(few, ScalarBackwardConfig)
+    assert many.grads is not None
+    assert not idles(many, spec, Bucket(7, 11), H100)
+    assert idles(many, spec, Bucket(5, 11), H100)
+    assert few.grads is None
+    assert not idles(few, spec, Bucket(5, 11), H100)

@@ -41,7 +41,7 @@ from glac.reference import (
     yardstick_scalar_gla,
     yardstick_scalar_gla_backward,
 )
-from glac.templates import state_dtype
+from glac.templates import state_dtype, tiles
 from glac.testing import Inputs, hard_gates, problem_inputs
 from glac.validate import TORCH_DTYPES
 
@@ -299,9 +299,12 @@ class ScalarBackwardCase(ScalarForwardCase):
     def buffers(self, config: Config) -> list[Buffer]:
         assert isinstance(config, ScalarBackwardConfig)
         p, spec, dtype = self.problem, self.problem.spec, self.inputs.q.dtype
-        slots = p.B * math.ceil(p.T / config.grads.chunk)
-        kept = ((p.H, slots, spec.K, spec.V), TORCH_DTYPES[state_dtype(spec)])
+        slots = math.ceil(p.T / config.chunk)
+        kept = ((p.B, p.H, slots, spec.K, spec.V), TORCH_DTYPES[state_dtype(spec)])
         held: list[Buffer] = [kept, kept]
+        if config.grads is not None:
+            parts = tiles("scalar_bwd", spec, config.grads)
+            held = [kept, ((parts, p.B, p.T, p.H), torch.float32)]
         for name, value in self.truth.items():
             held.append((tuple(value.shape), torch.float32 if name in ("dg", "dh0") else dtype))
         return held

@@ -93,12 +93,13 @@ def _config(slug: str, gate: Gate) -> Config:
         key = next((k for k in ("st_", "dv_", "pre_", "seg") if part.startswith(k)), "")
         named[key.rstrip("_") or "summary"] = part.removeprefix(key)
     segment = int(named.get("seg", 0))
+    dv = _walk(named["dv"]) if "dv" in named else None
     if gate.is_scalar:
-        if "st" in named:
-            return ScalarBackwardConfig(_walk(named["st"]), _walk(main))
-        return ScalarForwardConfig(_turned(main))
+        if "st" not in named:
+            return ScalarForwardConfig(_turned(main))
+        chunks, grads = (None, _tile(main)) if "_bk" in main else (_walk(main), None)
+        return ScalarBackwardConfig(_walk(named["st"]), chunks, grads, dv)
     if "_bk" in main:
-        dv = _walk(named["dv"]) if "dv" in named else None
         return BackwardConfig(_walk(named["st"]), _tile(main), dv, segment)
     summary = _walk(named["summary"]) if "summary" in named else None
     prepare = _prepare(named["pre"]) if "pre" in named else None

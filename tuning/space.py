@@ -52,6 +52,7 @@ from glac.configs import (
     grads_illegal,
     padded_k,
     padded_v,
+    scalar_grads_illegal,
     why_illegal,
 )
 from glac.errors import ConfigError
@@ -66,8 +67,9 @@ GRADS_TRIED, WHOLE_TRIED, STATES_TRIED, DV_TRIED = 5, 3, 3, 8
 KEEPS_TRIED = (4, 8)
 """Chunks between kept states, beside 1. On an H100 2 lost to 4 wherever it was timed, and where
 one program fills an SM, as with dv at 128 channels, 4 and 8 gained nothing."""
-SCALAR_STATES_TRIED = 3
-"""Of a backward problem with a scalar gate: states kernels for each gradient kernel."""
+SCALAR_STATES_TRIED, SCALAR_WALKS_TRIED = 2, 8
+"""Of a backward problem with a scalar gate: states kernels for each gradient kernel, and such
+gradient kernels as walk."""
 PREPARES = {
     32: (
         PrepareKernelConfig(32, 64, 2, 2),
@@ -355,18 +357,44 @@ def _scalar_forward_configs(
 def _scalar_backward_configs(
     problem: Problem, gpu: GpuSpec, default: ScalarBackwardConfig
 ) -> list[ScalarBackwardConfig]:
-    """A few tiles for the gradients, without descriptors: each program would make nine of them,
-    and lives for one chunk (905 us instead of 496 at 16,2048,8,128,128); a few for the states."""
-    spec = problem.spec
-    found = []
-    for chunk, block_v, warps, stages in itertools.product(
-        (16, 32, 64), (32, 64, 128), (4, 8), (1, 2)
-    ):
-        grads = ChunkKernelConfig(chunk, block_v, warps, stages)
-        walks = [t for t in _walks(spec, gpu) if t.chunk == chunk][:SCALAR_STATES_TRIED]
-        found += [ScalarBackwardConfig(states, grads) for states in walks]
-    legal = [c for c in found if why_illegal(spec, c, gpu) is None and c != default]
-    return sorted(legal, key=lambda c: (abs(c.grads.chunk - 64), abs(c.grads.block_v - 64)))
+    """A few tiles for chunks at once, without descriptors: each program would make nine of them,
+    and lives for one chunk (905 us instead of 496 at 16,2048,8,128,128); and a few that walk."""
+    spec, hopper = problem.spec, gpu.capability >= (9, 0)
+    walks = [t for t in _walks(spec, gpu) if t.block_v <= padded_v(spec)]
+    by_chunk = {
+        chunk: [t for t in walks if t.chunk == chunk][:SCALAR_STATES_TRIED]
+        for chunk in (16, 32, 64)
+    }
+    at_once = [
+        ScalarBackwardConfig(states, ChunkKernelConfig(chunk, block_v, warps, stages), None, dv)
+        for chunk, block_v, warps, stages in itertools.product(
+            (16, 32, 64), (32, 64, 128), (4, 8), (1, 2)
+        )
+        for states in by_chunk[chunk]
+        for dv in (default.dv if spec.K == spec.V else None,)
+    ]
+    at_once.sort(key=lambda c: (abs(c.chunk - 64), abs(c.chunks.block_v - 64) if c.chunks else 0))
+    tiles = [
+        TileKernelConfig(*values)
+        for values in itertools.product(
+            (32, 64), (64, 128), (64, 128, 256), (4, 8), (2, 3), (hopper,)
+        )
+        # Whole tiles of 128 x 128 won; parts of dq and dk have to be added up.
+        if values[1] * values[2] // (32 * values[3]) <= 64
+    ]
+    tiles.sort(key=lambda t: (-t.block_k * t.block_v, -t.chunk, t.num_warps, t.num_stages))
+    tiles = [t for t in tiles if scalar_grads_illegal(spec, t, gpu) is None]
+    by_tile: dict[tuple[int, int, int], ChunkKernelConfig] = {}
+    for tile in walks:
+        by_tile.setdefault((tile.chunk, tile.block_v, tile.num_warps), tile)
+    walking = [
+        ScalarBackwardConfig(states, None, grads, dv)
+        for grads in tiles[:SCALAR_WALKS_TRIED]
+        for states in by_chunk[grads.chunk]
+        for dv in list(by_tile.values())[:STATES_TRIED]
+    ]
+    found = [*at_once, *walking] if default.grads is None else [*walking, *at_once]
+    return [c for c in found if why_illegal(spec, c, gpu) is None and c != default]
 
 
 def _decode_configs(problem: Problem, gpu: GpuSpec, default: DecodeConfig) -> list[DecodeConfig]:

@@ -29,7 +29,7 @@ from glac.emit_c.passes import (
     segment_states,
 )
 from glac.settings import DEFAULT_SCRATCH_BYTES
-from glac.templates import state_dtype
+from glac.templates import state_dtype, tiles
 
 KEEP_BYTES = DEFAULT_SCRATCH_BYTES
 """What C takes where a call does not say: it reads no environment."""
@@ -45,11 +45,37 @@ _GRADIENTS = {
     "has_dg": "call->dg != 0",
     "has_dh0": "call->dh0 != 0",
 }
-_CHUNKS = {name: f"s->{name}" for name in ("states", "dstates", "slots")}
-_SCALAR = (
-    Launch("scalar_bwd_states", {**_GRADIENTS, **_CHUNKS}, "(int64_t)s->N * s->H"),
-    Launch("scalar_bwd", {**_GRADIENTS, **_CHUNKS}, "(int64_t)s->slots * s->H"),
-)
+_HEADS = "(int64_t)s->N * s->H"
+
+
+def _scalar_launches(config: ScalarBackwardConfig, parts: int) -> tuple[Launch, ...]:
+    """Those of ``glac.scalar.run_backward``; walking leaves dg in ``parts``."""
+    kept = {
+        **_GRADIENTS,
+        "states": "s->states",
+        "dstates": "s->dstates",
+        "n_chunk": "s->slots",
+        "direction": "0",
+        "directions": "2",
+        "keep_states": "1",
+        "ends": "call->dh0",
+        "has_ends": "call->dh0 != 0",
+        "B": "call->B",
+    }
+    if config.grads is None:
+        return (
+            Launch("scalar_states", kept, f"2 * {_HEADS}"),
+            Launch("scalar_bwd_chunks", kept, "(int64_t)s->slots * call->B * s->H"),
+        )
+    forward = {"directions": "1", "dht": "0", "has_dht": "0", "ends": "0", "has_ends": "0"}
+    behind = {"parts": "s->parts", "n_parts": f"s->parts ? {parts} : 0"}
+    return (
+        Launch("scalar_states", {**kept, **forward}, _HEADS),
+        Launch("scalar_bwd", {**kept, "dg": "s->parts ? s->parts : call->dg"}, _HEADS),
+        Launch("scalar_bwd_dv", {**kept, **behind}, _HEADS),
+    )
+
+
 _AT_ONCE = "(int64_t)s->seg_count * call->B * s->H"
 _WALK = {
     **_GRADIENTS,
@@ -99,9 +125,11 @@ def _define(item: Function, kernels: Kernels) -> Iterator[str]:
     ]
     bytes_each = state_dtype(spec).itemsize
     if isinstance(config, ScalarBackwardConfig):
-        launches, body = _SCALAR, _launched(item, kernels, _SCALAR)
-        tile = f"{config.grads.chunk}, {spec.K}, {spec.V}, {bytes_each}"
-        sized.append(f"  status = take_chunk_states(call, s, {tile});")
+        parts = 1 if config.grads is None else tiles("scalar_bwd", spec, config.grads)
+        launches = _scalar_launches(config, parts)
+        body = _launched(item, kernels, launches)
+        sizes = (config.chunk, spec.K, spec.V, bytes_each, int(config.grads is None), parts)
+        sized.append(f"  status = take_chunk_states(call, s, {', '.join(map(str, sizes))});")
     else:
         assert isinstance(config, BackwardConfig)
         inner = _segment_launches(config)
@@ -194,7 +222,7 @@ typedef struct gradient_sizes {
   int32_t H, N, has_g, slots, n_seg, seg_len, at_once, seg_first, seg_count, n_kept;
   int32_t chained, from_start;
   int64_t q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, g_b, g_t, g_h;
-  uint64_t states, dstates, starts, decay, ends, d_ends, flags;
+  uint64_t states, dstates, parts, starts, decay, ends, d_ends, flags;
   uint64_t scratch, end, nothing;
 } gradient_sizes;
 
@@ -225,19 +253,21 @@ static int gradient_sizes_of(const glac_backward *call, uint64_t workspace, grad
 }
 """,
     "take_chunk_states": """
-/* Memory for the state at the start of each chunk of `chunk` tokens and its gradient at the end,
-   in elements of `bytes`. */
+/* Memory for the state at the start of each chunk of `chunk` tokens, in elements of `bytes`, with
+   `both` for its gradient at the end, and for `parts` of the gradient of g if they are several. */
 static int take_chunk_states(const glac_backward *call, gradient_sizes *s, int64_t chunk,
-                             int64_t K, int64_t V, size_t bytes) {
+                             int64_t K, int64_t V, size_t bytes, int both, int parts) {
   if (call->segment > 0) return GLAC_SEGMENT;
-  int64_t slots = call->cu ? call->T / chunk + s->N : ceil_div(call->T, chunk) * s->N;
-  /* Programs of both launches, which are counted in 31 bits. */
-  int64_t tiles = ceil_div(V, 16) * 2 * s->N;
-  if (s->H > 2147483647 / (slots > tiles ? slots : tiles)) return GLAC_SIZE;
-  size_t states = (size_t)slots * (size_t)s->H;
+  int64_t slots = call->cu ? call->T / chunk + s->N : ceil_div(call->T, chunk);
+  /* Programs of all launches, which are counted in 31 bits. */
+  int64_t tiles = ceil_div(V, 16) * ceil_div(K, 16) * 2 * s->N, rows = slots * call->B;
+  if (s->H > 2147483647 / (rows > tiles ? rows : tiles)) return GLAC_SIZE;
+  size_t states = (size_t)rows * (size_t)s->H * (size_t)(K * V) * bytes;
   s->slots = (int32_t)slots;
-  s->states = take(&s->end, states * (size_t)(K * V) * bytes);
-  s->dstates = take(&s->end, states * (size_t)(K * V) * bytes);
+  s->states = take(&s->end, states);
+  if (both) s->dstates = take(&s->end, states);
+  if (parts > 1 && call->dg)
+    s->parts = take(&s->end, (size_t)parts * (size_t)call->B * (size_t)call->T * (size_t)s->H * 4);
   return GLAC_OK;
 }
 """,

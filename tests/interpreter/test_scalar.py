@@ -18,6 +18,7 @@ from glac.configs import (
     Config,
     ScalarBackwardConfig,
     ScalarForwardConfig,
+    TileKernelConfig,
     TurnedKernelConfig,
     is_legal,
 )
@@ -108,10 +109,19 @@ def forward_config(
 
 
 def backward_config(
-    chunk: int = 16, block_v: int = 16, *, tma: bool = False
+    chunk: int = 16,
+    block_k: int = 16,
+    block_v: int = 16,
+    *,
+    tma: bool = False,
+    walks: bool = True,
 ) -> ScalarBackwardConfig:
+    """Walking back through sequences, or all chunks at once."""
     walk = ChunkKernelConfig(chunk, block_v, 4, 2, tma)
-    return ScalarBackwardConfig(walk, walk)
+    if not walks:
+        return ScalarBackwardConfig(walk, walk)
+    grads = TileKernelConfig(chunk, block_k, block_v, 4, 2, tma)
+    return ScalarBackwardConfig(walk, None, grads, replace(walk, chunk=16))
 
 
 def run_forward(i: ScalarInputs, cfg: ScalarForwardConfig) -> tuple[Tensor, Tensor | None]:
@@ -230,15 +240,17 @@ def test_forward_equals_the_token_loop(
     gate=GATES,
     dtype=st.sampled_from([FP32, FP16]),
     chunk=st.sampled_from([16, 32]),
+    block_k=st.sampled_from([16, 32]),
     block_v=st.sampled_from([16, 32]),
     tma=st.booleans(),
+    walks=st.booleans(),
     hard=st.booleans(),
     carried=st.booleans(),
     end=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@example(2, 70, (4, 2, 2), 32, 32, "token", FP32, 32, 16, True, True, True, True, 0)
-@example(1, 1, (1, 1, 1), 1, 1, "none", FP16, 16, 16, False, False, False, False, 1)
+@example(2, 70, (4, 2, 2), 32, 32, "token", FP32, 32, 16, 16, True, True, True, True, True, 0)
+@example(1, 1, (1, 1, 1), 1, 1, "none", FP16, 16, 16, 16, False, False, False, False, False, 1)
 def test_gradients_equal_those_in_fp64(
     batch: int,
     tokens: int,
@@ -248,8 +260,10 @@ def test_gradients_equal_those_in_fp64(
     gate: str,
     dtype: torch.dtype,
     chunk: int,
+    block_k: int,
     block_v: int,
     tma: bool,
+    walks: bool,
     hard: bool,
     carried: bool,
     end: bool,
@@ -267,7 +281,7 @@ def test_gradients_equal_those_in_fp64(
         carried=carried,
         seed=seed,
     )
-    cfg = backward_config(chunk, block_v, tma=tma)
+    cfg = backward_config(chunk, block_k, block_v, tma=tma, walks=walks)
     assume(legal(i, cfg))
     check_backward(i, cfg, seed, end)
 
@@ -287,7 +301,7 @@ def test_packed_sequences(
 ) -> None:
     i = drawn(1, 1, heads, 16, 16, gate, hard=hard, lengths=lengths, seed=seed)
     check_forward(i, forward_config(turned=bool(seed % 2)))
-    check_backward(i, backward_config(), seed, end)
+    check_backward(i, backward_config(walks=seed % 3 > 0), seed, end)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -319,20 +333,22 @@ def test_broken_offsets_stay_in_memory() -> None:
         run_forward(broken, forward_config())
         checked = scalar.check(broken)
         do, _ = ends_of(broken, 0)
-        with guarded():
-            scalar.run_backward(
-                interpreted_plan(checked.problem, backward_config()),
-                checked.groups,
-                scalar._laid_out(broken),
-                SCALE,
-                do,
-                None,
-                want_dg=True,
-                want_dh0=True,
-            )
+        for walks in (False, True):
+            with guarded():
+                scalar.run_backward(
+                    interpreted_plan(checked.problem, backward_config(walks=walks)),
+                    checked.groups,
+                    scalar._laid_out(broken),
+                    SCALE,
+                    do,
+                    None,
+                    want_dg=True,
+                    want_dh0=True,
+                )
 
 
-def test_a_reset_forgets_and_has_no_gradient() -> None:
+@pytest.mark.parametrize("walks", [False, True])
+def test_a_reset_forgets_and_has_no_gradient(walks: bool) -> None:
     i = drawn(1, 40, (1, 1, 1), 16, 16, "token", seed=2)
     assert i.g is not None
     g = i.g.clone()
@@ -344,7 +360,7 @@ def test_a_reset_forgets_and_has_no_gradient() -> None:
     assert torch.allclose(o[:, 21:], alone, atol=2e-6)
     checked = scalar.check(i)
     do, dht = ends_of(i, 0)
-    plan = interpreted_plan(checked.problem, backward_config(32))
+    plan = interpreted_plan(checked.problem, backward_config(32, walks=walks))
     found = [
         scalar.run_backward(plan, checked.groups, i, SCALE, do, end, want_dg=True, want_dh0=True)
         for end in (dht, None)
@@ -358,6 +374,39 @@ def test_a_reset_forgets_and_has_no_gradient() -> None:
         # Nothing before the reset learns of what comes after the sequence.
         before = slice(None) if with_end.shape[1] != 40 else slice(0, 21)
         assert torch.allclose(with_end[:, before], without[:, before], atol=2e-5)
+
+
+@settings(max_examples=15)
+@given(
+    tokens=st.integers(1, 70),
+    gate=GATES,
+    lengths=st.none() | st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(any),
+    turned=st.booleans(),
+    hard=st.booleans(),
+    seed=st.integers(0, 2**10),
+)
+def test_gradients_without_that_of_the_gate(
+    tokens: int, gate: str, lengths: list[int] | None, turned: bool, hard: bool, seed: int
+) -> None:
+    i = drawn(
+        1, tokens, (2, 2, 2), 24, 24, gate, hard=hard, carried=False, lengths=lengths, seed=seed
+    )
+    checked = scalar.check(i)
+    assert checked.even
+    do, _ = ends_of(i, seed)
+    with guarded():
+        found = scalar.run_gateless(
+            interpreted_plan(checked.problem, forward_config(turned=turned)),
+            interpreted_plan(checked.problem, backward_config()),
+            scalar._laid_out(i),
+            SCALE,
+            do,
+        )
+    true = scalar.torch_backward(
+        checked, in_fp64(i), SCALE, do.double(), None, 64, want_dg=False, want_dh0=False
+    )
+    for name, got, wanted in zip(("dq", "dk", "dv", "dg", "dh0"), found, true, strict=True):
+        close(name, got, wanted, BUDGET[FP32])
 
 
 def in_segments(
@@ -386,7 +435,7 @@ def test_in_segments(
     heads: tuple[int, int, int], gate: str, hard: bool, carried: bool, lengths: list[int] | None
 ) -> None:
     i = drawn(2, 40, heads, 16, 16, gate, hard=hard, carried=carried, lengths=lengths)
-    fwd, bwd = forward_config(), backward_config()
+    fwd, bwd = forward_config(), backward_config(walks=hard)
     checked = scalar.check(i)
     do, dht = ends_of(i, 1)
     with guarded():

@@ -21,6 +21,7 @@ from glac.configs import (
     ChunkKernelConfig,
     ScalarBackwardConfig,
     ScalarForwardConfig,
+    TileKernelConfig,
     TurnedKernelConfig,
 )
 from glac.forward import run_forward
@@ -119,8 +120,9 @@ def test_errors(cut_off: None, gate: Any, kind: str) -> None:
         assert usual[name] < error <= (STEEP if steep else CEILING), f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("walks", [False, True])
 @pytest.mark.parametrize("hard", [False, True])
-def test_errors_with_a_scalar_gate(cut_off: None, hard: bool) -> None:
+def test_errors_with_a_scalar_gate(cut_off: None, hard: bool, walks: bool) -> None:
     x = make_inputs(*SHAPE, dtype=torch.float32, gate="scalar", initial_state=True)
     g = hard_gates((*SHAPE[:3], 1))[..., 0] if hard else x.g
     i = ScalarInputs(x.q, x.k, x.v, g, x.initial_state)
@@ -131,7 +133,12 @@ def test_errors_with_a_scalar_gate(cut_off: None, hard: bool) -> None:
 
     def run(problem: Problem) -> tuple[Tensor | None, ...]:
         plan = interpreted_plan(problem, forward)
-        back = interpreted_plan(problem, ScalarBackwardConfig(tile, tile))
+        tiles = TileKernelConfig(32, 32, 32, 4, 2)
+        at_once, walking = (
+            ScalarBackwardConfig(tile, tile),
+            ScalarBackwardConfig(tile, None, tiles, tile),
+        )
+        back = interpreted_plan(problem, walking if walks else at_once)
         grads = scalar.run_backward(
             back, HeadGroups(), i, scale, do, dht, want_dg=True, want_dh0=True
         )

@@ -411,6 +411,7 @@ REAL = [
     BackwardConfig(TILE, TileKernelConfig(32, 16, 16, 4, 2), TILE),
     ScalarForwardConfig(TurnedKernelConfig(16, 16, 4, 2, turned=True)),
     ScalarBackwardConfig(TILE, TILE),
+    ScalarBackwardConfig(TILE, None, TileKernelConfig(16, 16, 16, 4, 2), TILE),
     DecodeConfig(DecodeKernelConfig(16, 2)),
 ]
 
