@@ -66,4 +66,4 @@ def sequence_bounds(cu, i_n, T, has_cu):
 @triton.jit
 def first_slot(bos, i_n, has_cu, BT: tl.constexpr):
     """Slot of the first chunk of a sequence that begins with token ``bos`` of its row."""
-    return (bos // BT + i_n if has_cu != 0 else i_n * 0).to(tl.int64)
+    return tl.where(has_cu != 0, bos // BT + i_n, 0).to(tl.int64)

@@ -4,8 +4,8 @@
     direction 1    D' = 2^Gend D + scale * (2^G . q)^T do            backward, D_last = dht
 
 chunk by chunk, G the cumulative gate in the chunk (``scalar_fwd``). ``states`` gets S before each
-chunk and ``dstates`` D behind it, for ``scalar_bwd`` and ``scalar_bwd_chunks``; ``ends`` gets what
-a walk ends with. A launch does as many ``directions`` as it is told, from ``direction`` on.
+chunk and ``dstates`` D behind it, for ``scalar_bwd`` and ``scalar_bwd_chunks``. A launch does as
+many ``directions`` as it is told, from ``direction`` on; ``ends`` gets what the last one ends with.
 
 Slots are those of ``_place`` with chunks as segments: chunk c of sequence n is in slot c of the C
 of its row, or cu[n] // BT + n + c where sequences are packed.
@@ -170,5 +170,5 @@ def scalar_states(
         b_u = operand(tl.trans(b_a) * b_e[None, :], IO)  # [BK, BT]
         b_s = b_s * tl.exp2(end_c + end_f)
         b_s = tl.dot(b_u, operand(b_c, IO), b_s, input_precision=PRECISION)
-    if has_ends != 0:
+    if (has_ends != 0) & (pid % directions == directions - 1):
         tl.store(ends + i_nh.to(tl.int64) * K * V + p_state, b_s, mask=m_state)
