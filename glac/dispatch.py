@@ -99,7 +99,9 @@ class Stats:
 _lock = threading.RLock()
 _stats = Stats()
 # By op, specialisation, bucket, whether packed, and device: lengths of one bucket share an entry.
-_served: dict[tuple[Op, Specialisation, Bucket, bool, int], tuple[Decision, Kernels | None]] = {}
+_Key = tuple[Op, Specialisation, Bucket, bool, int]
+_served: dict[_Key, tuple[Decision, Kernels | None]] = {}
+_beside: dict[_Key, tuple[Config, Kernels] | None] = {}
 
 
 def _after_fork() -> None:
@@ -107,6 +109,7 @@ def _after_fork() -> None:
     global _lock
     _lock = threading.RLock()
     _served.clear()
+    _beside.clear()
     pack_kernel.cache_clear()
     _forget_bound()
 
@@ -141,6 +144,7 @@ def clear() -> None:
     with _lock:
         _generation += 1
         _served.clear()
+        _beside.clear()
         _forget_bound()
         _stats.decisions.clear()
         _stats.compiled = 0
@@ -271,12 +275,16 @@ def _idles(row: PackRow, gpu: GpuSpec, bucket: Bucket) -> bool:
 
 
 def _walks_in_vain(config: Config, problem: Problem, gpu: GpuSpec) -> bool:
-    """Whether a backward config finds states again without sparing the problem any windows.
+    """Whether a backward config walks where others do better.
 
-    Only that pays for it. On an H100 training with four times the heads of the problem that it won
+    Of a vector gate one that finds states again without sparing the problem any windows. Only that
+    pays for it. On an H100 training with four times the heads of the problem that it won
     at took 3734 us instead of 3333, in segments, as those of packed batches, 1468 instead of 1240,
     and that problem itself, with memory for the states of every chunk, 818 instead of 752.
     """
+    if isinstance(config, ScalarBackwardConfig):
+        # Sequences that are walked last as long as the longest, and nobody knows how long that is.
+        return problem.packed > 0 and config.grads is not None
     if not isinstance(config, BackwardConfig) or config.grads.keep == 1:
         return False
     from glac.backward import cut
@@ -507,6 +515,22 @@ def pack_kernel(
         except PackError as error:
             log.warning("glac: pack %s refused: %s", pack.path, error)
     return None
+
+
+def plan_from_packs(problem: Problem, device: int, op: Op) -> Plan[Any] | None:
+    """The plan of an op that a pack has, for what only helps another op: no decision, no error."""
+    key = (op, problem.spec, problem.bucket, problem.packed > 0, device)
+    if key not in _beside:
+        gpu = device_gpu(device)[0]
+        packs = installed_packs(load_settings(), gpu.arch)[0] if gpu else ()
+        hit = _from_packs(packs, problem, gpu, op, []) if gpu else None
+        try:
+            _beside[key] = (hit[1].config, _load(*hit, device)) if hit else None
+        except PackError as error:
+            log.warning("glac: kernels beside %s refused: %s", op.value, error)
+            _beside[key] = None
+    found = _beside[key]
+    return Plan(problem, *found) if found else None
 
 
 @functools.cache

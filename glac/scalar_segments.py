@@ -6,9 +6,10 @@ into segments, which are to them what packed sequences are, and the states betwe
     S_j = 2^(sum of g in segment j-1) . S_{j-1} + C_{j-1}
 
 with C_j the state that segment j leaves when it starts from zero; for gradients of states
-likewise, backwards. So a pass over all segments finds what each adds, ``gla_combine`` (a kernel of
-the vector gate, whose decays are one for each channel) chains them, and a second pass starts from
-the right states. Twice the work, in as many programs as the GPU has room for.
+likewise, backwards. So ``scalar_states``, or for want of it a forward pass, finds what each adds,
+``gla_combine`` (a kernel of the vector gate, whose decays are one for each channel) chains them,
+and the pass proper starts from the right states. More work, in as many programs as the GPU has
+room for.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from glac.configs import CombineKernelConfig, ScalarBackwardConfig, ScalarForwar
 from glac.gate import LOG2E, STEP_MIN
 from glac.heads import HeadGroups
 from glac.plan import Plan
-from glac.problem import Gate, Problem
+from glac.problem import Gate, Op, Problem
 from glac.templates import tiles
 
 FEWEST = 4
@@ -67,6 +68,7 @@ class Segments(NamedTuple):
         first: of each sequence, its first segment.
         last: of each sequence, its last segment.
         decay: ``[rows, Hs, slots]`` in fp32, total gate of each segment in log2 units.
+        walking: of the backward pass, whose first kernel finds what segments add; or None.
     """
 
     plan: Plan[ScalarForwardConfig]
@@ -79,6 +81,7 @@ class Segments(NamedTuple):
     first: Tensor
     last: Tensor
     decay: Tensor
+    walking: Plan[ScalarBackwardConfig] | None = None
 
     def _chain(self, added: Tensor, ends: Tensor | None, *, reverse: bool = False) -> Tensor:
         """The state before each segment, or with ``reverse`` its gradient at the end of each.
@@ -113,8 +116,12 @@ class Segments(NamedTuple):
 
     def starts(self, scale: float) -> Tensor:
         """The state before each segment, ``[segments, Hs, K, V]``."""
-        _, added = scalar.run_forward(self.plan, self.groups, self.cut, scale, True)
-        assert added is not None
+        if self.walking is not None:
+            added = scalar.added_states(self.walking, self.groups, self.cut)
+        else:
+            _, ends = scalar.run_forward(self.plan, self.groups, self.cut, scale, True)
+            assert ends is not None
+            added = ends
         return self._chain(added, self.whole.initial_state)
 
     def forward(self, scale: float, output_final_state: bool) -> scalar.Result:
@@ -136,9 +143,7 @@ class Segments(NamedTuple):
     ) -> scalar.Gradients:
         """As ``glac.scalar.run_backward`` of the whole call, by ``plan``."""
         do = do.reshape(1, -1, *do.shape[2:])
-        added = scalar.added_states(plan, self.groups, self.cut)
-        starts = self._chain(added, self.whole.initial_state)
-        i = replace(self.cut, initial_state=starts)
+        i = replace(self.cut, initial_state=self.starts(scale))
         added = scalar.added_states(plan, self.groups, self.cut, scale, do)
         ends = self._chain(added, dht, reverse=True)
         dq, dk, dv, dg, dh0 = scalar.run_backward(
@@ -206,6 +211,7 @@ def segments(
     groups: HeadGroups,
     i: scalar.ScalarInputs,
     length: int,
+    walking: Plan[ScalarBackwardConfig] | None = None,
 ) -> Segments:
     """``i``, laid out as the kernels want it, cut into segments of ``length`` tokens."""
     cuts, first, last, slots = _boundaries(i, length)
@@ -216,7 +222,7 @@ def segments(
     g = i.g if i.g is None or i.g.dim() == 1 else row(i.g)
     parts = scalar.ScalarInputs(row(i.q), row(i.k), row(i.v), g, None, cuts)
     decay = _decays(i, cuts, slots, length)
-    return Segments(plan, combine, groups, i, parts, length, slots, first, last, decay)
+    return Segments(plan, combine, groups, i, parts, length, slots, first, last, decay, walking)
 
 
 def cut(
@@ -235,4 +241,7 @@ def cut(
         return None
     vector = replace(problem.spec, gate=Gate.VECTOR, gate_dtype=problem.spec.dtype)
     combine = dispatch.pack_kernel("gla_combine", vector, CombineKernelConfig(), device)
-    return None if combine is None else segments(plan, combine, checked.groups, i, length)
+    if combine is None:
+        return None
+    walking = dispatch.plan_from_packs(problem, device, Op.SCALAR_BACKWARD)
+    return segments(plan, combine, checked.groups, i, length, walking)

@@ -270,7 +270,7 @@ def test_in_segments(
     segments = scalar_segments.segments
 
     def watched(*args: Any) -> Any:
-        cut.append(args[-1])
+        cut.append(args[4])
         return segments(*args)
 
     monkeypatch.setattr(scalar_segments, "segments", watched)

@@ -410,15 +410,16 @@ def test_gradients_without_that_of_the_gate(
 
 
 def in_segments(
-    i: ScalarInputs, fwd: ScalarForwardConfig, length: int
+    i: ScalarInputs, fwd: ScalarForwardConfig, length: int, bwd: ScalarBackwardConfig | None
 ) -> scalar_segments.Segments:
     checked = scalar.check(i)
     spec = checked.problem.spec
     vector = replace(spec, gate=Gate.VECTOR, gate_dtype=spec.dtype)
     combine = KernelSpec("gla_combine", vector, CombineKernelConfig(), "sm_90a")
     plan = interpreted_plan(checked.problem, fwd)
+    walking = None if bwd is None else interpreted_plan(checked.problem, bwd)
     return scalar_segments.segments(
-        plan, InterpretedKernel(combine), checked.groups, scalar._laid_out(i), length
+        plan, InterpretedKernel(combine), checked.groups, scalar._laid_out(i), length, walking
     )
 
 
@@ -439,7 +440,7 @@ def test_in_segments(
     checked = scalar.check(i)
     do, dht = ends_of(i, 1)
     with guarded():
-        parts = in_segments(i, fwd, 16)
+        parts = in_segments(i, fwd, 16, bwd if gate == "token" else None)
         o, state = parts.forward(SCALE, True)
         plan = interpreted_plan(checked.problem, bwd)
         grads = parts.backward(plan, SCALE, do, dht, want_dg=True, want_dh0=True)
