@@ -449,8 +449,7 @@ def chunk_retention(
         InputError, InputTypeError, KernelNotFoundError, NotDifferentiableError: likewise.
     """
     if g is None and isinstance(v, Tensor) and v.dim() == 4:
-        heads = torch.arange(v.shape[2], device=v.device, dtype=torch.float32)
-        g = torch.log1p(-torch.exp2(-5.0 - heads))
+        g = _retnet_rates(v)
     elif isinstance(g, Tensor) and g.dim() != 1:
         raise InputError(
             f"g must be [H], one decay per head, got shape {tuple(g.shape)}",
@@ -505,6 +504,30 @@ class _Form(NamedTuple):
     layout: str
     dtype: torch.dtype
     precision: str
+
+
+_rates: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _retnet_rates(v: Tensor) -> Tensor:
+    """RetNet's decays for the heads of ``v``: five small kernels, in the first call only."""
+    from glac.autograd import _observed as observed
+
+    def made(device: torch.device | None = None) -> Tensor:
+        heads = torch.arange(v.shape[2], device=device, dtype=torch.float32)
+        return torch.log1p(-torch.exp2(-5.0 - heads))
+
+    key = (v.shape[2], v.device)
+    if observed((v,)):  # what traces or pretends makes its own
+        return made(v.device)
+    found = _rates.get(key)
+    if found is None:
+        if v.is_cuda and torch.cuda.is_current_stream_capturing():
+            return made(v.device)
+        with torch.inference_mode(False):
+            # By way of the CPU: the copy ends before any stream can use it.
+            found = _rates[key] = made().to(v.device)
+    return found
 
 
 def _scalar(

@@ -20,6 +20,7 @@ from glac.configs import (
     Config,
     ForwardConfig,
     KernelConfig,
+    ScalarBackwardConfig,
     cut_forward,
     default_config,
     default_forward,
@@ -170,7 +171,7 @@ def _default_rows(gpu: GpuSpec, op: Op) -> Iterator[_Wanted]:
 
 
 _LONG = (1, 32768, 1)
-"""B, T, H of the rows that cut sequences: what idles any GPU if it is not cut."""
+"""B, T, H of rows for few heads: what idles any GPU if it is not cut."""
 
 
 def _cut_rows(gpu: GpuSpec, rows: Sequence[_Wanted]) -> Iterator[_Wanted]:
@@ -197,12 +198,27 @@ def _cut_rows(gpu: GpuSpec, rows: Sequence[_Wanted]) -> Iterator[_Wanted]:
             yield _Wanted(gpu, "heuristic", "", problem, config)
 
 
+def _at_once_rows(gpu: GpuSpec, rows: Sequence[_Wanted]) -> Iterator[_Wanted]:
+    """For each scalar gate whose backward rows all walk sequences, one that takes chunks at once.
+
+    As a guess, for few heads and for packed sequences, the longest of which nobody knows.
+    """
+    for spec in dict.fromkeys(row.problem.spec for row in rows):
+        of_spec = [row.config for row in rows if row.problem.spec == spec]
+        if all(isinstance(c, ScalarBackwardConfig) and c.chunks is None for c in of_spec):
+            problem = Problem(spec, *_LONG)
+            config = default_config(Op.SCALAR_BACKWARD, spec, gpu, problem.bucket)
+            yield _Wanted(gpu, "heuristic", "", problem, config)
+
+
 def _planned_of(
     gpu: GpuSpec, op: Op, folder: Path | None
 ) -> tuple[list[_Wanted], list[TunedFile]]:
     rows, files = _rows_of(gpu, op, folder)
     if op is Op.FORWARD:
         rows += _cut_rows(gpu, rows)
+    elif op is Op.SCALAR_BACKWARD:
+        rows += _at_once_rows(gpu, rows)
     return rows, files
 
 

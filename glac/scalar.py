@@ -652,25 +652,23 @@ def backward(
     if _launchable(problem, i):
         resolved = bucketed(problem, i)
         plan = dispatch.resolve(resolved, i.q.device.index, Op.SCALAR_BACKWARD)[1]
+    wanted = {"want_dg": want_dg, "want_dh0": want_dh0}
     if plan is None:
-        grads = torch_backward(
-            checked, i, scale, do, dht, chunk_size, want_dg=want_dg, want_dh0=want_dh0
-        )
+        grads = torch_backward(checked, i, scale, do, dht, chunk_size, **wanted)
     else:
         from glac import scalar_segments
 
         i = _laid_out(i)
         do, dht = laid_out(do, stride_unit(problem.spec.V)), contiguous(dht)
-        wanted = {"want_dg": want_dg, "want_dh0": want_dh0}
-        index = i.q.device.index
+        spec, index = problem.spec, i.q.device.index
+        bare = not (want_dg or want_dh0) and dht is None and i.initial_state is None
         with torch.cuda.device(i.q.device):
             forwards = dispatch.resolve(resolved, index, Op.SCALAR_FORWARD)[1]
             cut = scalar_segments.cut(forwards, checked, i, index)
-            spec, config = problem.spec, plan.config
-            bare = not (want_dg or want_dh0) and dht is None and i.initial_state is None
             if cut is not None:
+                plan = dispatch.resolve(cut.problem, index, Op.SCALAR_BACKWARD)[1] or plan
                 grads = cut.backward(plan, scale, do, dht, **wanted)
-            elif bare and config.dv and forwards and spec.K == spec.V and checked.even:
+            elif bare and plan.config.dv and forwards and spec.K == spec.V and checked.even:
                 grads = run_gateless(forwards, plan, i, scale, do)
             else:
                 grads = run_backward(plan, checked.groups, i, scale, do, dht, **wanted)

@@ -30,6 +30,9 @@ from glac.templates import tiles
 
 FEWEST = 4
 """Segments of a sequence, since each token is walked twice."""
+PROGRAMS_PER_SM = 2
+"""Measured on an H100 with 4 to 128 segments: 256 programs were the best or within 3 %, at 1 to 32
+heads and 8192 to 131072 tokens (docs/performance.md)."""
 SHORTEST = 8
 """Chunks of a segment."""
 MOST = 256
@@ -39,7 +42,7 @@ MOST = 256
 def segment_length(problem: Problem, config: ScalarForwardConfig, sms: int) -> int:
     """Tokens per segment, or 0 for whole sequences.
 
-    One program per SM, where whole sequences make less than a quarter of that.
+    Two programs per SM, where whole sequences make less than a quarter of that.
 
     Args:
         problem: a dense one, of as many sequences as there are.
@@ -47,9 +50,10 @@ def segment_length(problem: Problem, config: ScalarForwardConfig, sms: int) -> i
         sms: multiprocessors of the GPU.
     """
     programs = problem.B * problem.H * tiles("scalar_fwd", problem.spec, config.fwd)
-    if FEWEST * programs > sms:
+    room = PROGRAMS_PER_SM * sms
+    if FEWEST * programs > room:
         return 0
-    length = max(problem.T * programs // sms, problem.T // MOST, SHORTEST * config.fwd.chunk)
+    length = max(problem.T * programs // room, problem.T // MOST, SHORTEST * config.fwd.chunk)
     length = 1 << (length - 1).bit_length()
     return length if FEWEST * length <= problem.T else 0
 
@@ -82,6 +86,12 @@ class Segments(NamedTuple):
     last: Tensor
     decay: Tensor
     walking: Plan[ScalarBackwardConfig] | None = None
+
+    @property
+    def problem(self) -> Problem:
+        """Segments as what they are to the kernels: a batch of short sequences."""
+        rows = self.decay.shape[0]
+        return replace(self.plan.problem, B=rows * self.slots, T=self.length)
 
     def _chain(self, added: Tensor, ends: Tensor | None, *, reverse: bool = False) -> Tensor:
         """The state before each segment, or with ``reverse`` its gradient at the end of each.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glac import scalar, scalar_autograd, scalar_segments
+from glac import attention, scalar, scalar_autograd, scalar_segments
 from glac.attention import chunk_gla, chunk_linear_attn, chunk_retention, chunk_simple_gla
 from glac.configs import ScalarForwardConfig, TurnedKernelConfig
 from glac.errors import InputError, InputTypeError, NotDifferentiableError
@@ -388,13 +388,14 @@ def test_compiles_and_transforms(precision: Literal["ieee", "tf32"]) -> None:
     ("heads", "tokens", "length"),
     [
         (1, 32768, 512),  # no shorter than eight chunks
-        (16, 32768, 4096),  # a program per SM
-        (33, 32768, 8192),
-        (34, 32768, 0),  # a quarter of the SMs at work
+        (16, 32768, 2048),  # two programs per SM
+        (33, 32768, 4096),
+        (66, 32768, 8192),
+        (67, 32768, 0),  # half of the SMs at work
         (16, 2048, 512),
         (16, 1024, 0),  # fewer than four segments
-        (1, 1 << 20, 8192),
-        (1, 1 << 24, 131072),
+        (1, 1 << 20, 4096),
+        (1, 1 << 24, 65536),
     ],
 )
 def test_which_sequences_are_cut(heads: int, tokens: int, length: int) -> None:
@@ -403,6 +404,17 @@ def test_which_sequences_are_cut(heads: int, tokens: int, length: int) -> None:
     )
     config = ScalarForwardConfig(TurnedKernelConfig(64, 128, 8, 3))
     assert scalar_segments.segment_length(problem, config, 132) == length
+
+
+def test_decays_of_retention_are_made_once() -> None:
+    v = torch.zeros(1, 2, 3, 4)
+    with torch.inference_mode():
+        rates = attention._retnet_rates(v)
+    assert attention._retnet_rates(v) is rates
+    assert not rates.is_inference()
+    torch.testing.assert_close(rates, torch.tensor([1 - 2.0 ** (-5 - h) for h in range(3)]).log())
+    compiled = torch.compile(chunk_retention, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(v, v, v)[0], chunk_retention(v, v, v)[0])
 
 
 def test_segments_of_packed_sequences() -> None:
