@@ -569,10 +569,8 @@ def _launchable(problem: Problem, i: ScalarInputs) -> bool:
 
 
 def bucketed(problem: Problem, i: ScalarInputs) -> Problem:
-    """The problem by which a config is chosen: packed sequences count as a batch of equal ones."""
-    if i.cu_seqlens is None:
-        return problem
-    return replace(problem, B=i.sequences, T=max(1, problem.T // i.sequences))
+    """The problem by which a config is chosen: it knows of packed sequences."""
+    return problem if i.cu_seqlens is None else replace(problem, packed=i.sequences)
 
 
 def forward(

@@ -45,17 +45,19 @@ def segment_length(problem: Problem, config: ScalarForwardConfig, sms: int) -> i
     Two programs per SM, where whole sequences make less than a quarter of that.
 
     Args:
-        problem: a dense one, of as many sequences as there are.
+        problem: of packed sequences their mean counts.
         config: of the forward pass.
         sms: multiprocessors of the GPU.
     """
-    programs = problem.B * problem.H * tiles("scalar_fwd", problem.spec, config.fwd)
+    sequences = problem.sequences
+    tokens = max(1, problem.B * problem.T // sequences)  # the mean of packed ones
+    programs = sequences * problem.H * tiles("scalar_fwd", problem.spec, config.fwd)
     room = PROGRAMS_PER_SM * sms
     if FEWEST * programs > room:
         return 0
-    length = max(problem.T * programs // room, problem.T // MOST, SHORTEST * config.fwd.chunk)
+    length = max(tokens * programs // room, tokens // MOST, SHORTEST * config.fwd.chunk)
     length = 1 << (length - 1).bit_length()
-    return length if FEWEST * length <= problem.T else 0
+    return length if FEWEST * length <= tokens else 0
 
 
 class Segments(NamedTuple):
@@ -91,7 +93,7 @@ class Segments(NamedTuple):
     def problem(self) -> Problem:
         """Segments as what they are to the kernels: a batch of short sequences."""
         rows = self.decay.shape[0]
-        return replace(self.plan.problem, B=rows * self.slots, T=self.length)
+        return replace(self.plan.problem, B=rows * self.slots, T=self.length, packed=0)
 
     def _chain(self, added: Tensor, ends: Tensor | None, *, reverse: bool = False) -> Tensor:
         """The state before each segment, or with ``reverse`` its gradient at the end of each.
