@@ -1060,27 +1060,20 @@ def default_scalar_backward(
             grads = TileKernelConfig(chunk, bk, bv, 8, 2, tma=True)
     dv = replace(states, chunk=32) if bk > 128 else states
     walking = ScalarBackwardConfig(states, None, grads, dv)
-    if grads is not None and not idles(walking, spec, bucket, gpu):
+    if 2 * walking_programs(walking, spec, bucket) >= gpu.sm_count:
         return walking
     # Without descriptors: a program would make nine of them, and lives for one chunk.
     at_once = replace(plain, num_stages=1 if wide else 2)
-    bare = spec.K == spec.V and not few_programs(bucket, 1, gpu)
+    bare = spec.K == spec.V and 2 << max(0, bucket.bh) >= gpu.sm_count
     return ScalarBackwardConfig(states, at_once, None, dv if bare else None)
 
 
-def few_programs(bucket: Bucket, tiles: int, gpu: GpuSpec) -> bool:
-    """Whether ``tiles`` programs for each head of ``bucket`` leave half of the GPU idle."""
-    return 2 * tiles * (1 << max(0, bucket.bh)) < gpu.sm_count
-
-
-def idles(
-    config: ScalarBackwardConfig, spec: Specialisation, bucket: Bucket, gpu: GpuSpec
-) -> bool:
-    """Whether ``config`` walks sequences, and they are too few to keep half of the GPU busy."""
+def walking_programs(config: ScalarBackwardConfig, spec: Specialisation, bucket: Bucket) -> int:
+    """Programs that walk back through the sequences of ``bucket``, 0 for chunks at once."""
     if config.grads is None:
-        return False
+        return 0
     tiles = -(-spec.K // config.grads.block_k) * -(-spec.V // config.grads.block_v)
-    return few_programs(bucket, tiles, gpu)
+    return tiles << max(0, bucket.bh)
 
 
 def default_decode(spec: Specialisation) -> DecodeConfig:

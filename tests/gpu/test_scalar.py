@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -290,3 +291,37 @@ def test_in_segments(
 @pytest.mark.parametrize("hard", [False, True])
 def test_in_segments_with_other_gates(packed: Packed, hard: bool) -> None:
     check(drawn(packed, 1, 6000, (2, 2, 2), 64, hard=hard, gate_scale=1.0))
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_many_heads_walk_back(packed: Packed, D: int) -> None:
+    check(drawn(packed, 16, 300, (8, 8, 8), D))
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("gate", ["head", "none"])
+def test_without_the_gradient_of_the_gate(
+    packed: Packed, D: int, gate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    i = replace(drawn(packed, 16, 300, (8, 8, 8), D, gate), initial_state=None)
+    do = torch.randn_like(i.v)
+    runs: list[Any] = []
+    passes = scalar.run_gateless
+
+    def watched(*args: Any) -> Any:
+        runs.append(args)
+        return passes(*args)
+
+    monkeypatch.setattr(scalar, "run_gateless", watched)
+    leaves = [t.detach().requires_grad_() for t in (i.q, i.k, i.v)]
+    o, _ = call(replace(i, q=leaves[0], k=leaves[1], v=leaves[2]))
+    found = torch.autograd.grad(o, leaves, do)
+    assert len(runs) == 1
+    g = None if i.g is None else i.g.double()
+    wide = ScalarInputs(i.q.double(), i.k.double(), i.v.double(), g)
+    true = scalar.torch_backward(
+        scalar.check(i), wide, D**-0.5, do.double(), None, 64, want_dg=False, want_dh0=False
+    )
+    for name, got, wanted in zip(("dq", "dk", "dv"), found, true, strict=False):
+        assert wanted is not None
+        assert error(got, wanted) <= CEILING[name], name
