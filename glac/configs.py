@@ -169,6 +169,10 @@ class TileKernelConfig(_KernelConfig):
         """Tokens from one kept state to the next."""
         return self.chunk * self.keep
 
+    def tiles(self, spec: Specialisation) -> int:
+        """Tiles that a state of ``spec`` has, each of a program."""
+        return -(-spec.K // self.block_k) * -(-spec.V // self.block_v)
+
     @property
     def found_again(self) -> int:
         """Elements of the states that a program finds again at a time, 0 where all are kept."""
@@ -411,7 +415,7 @@ class BackwardConfig:
 
     def tiles(self, spec: Specialisation) -> int:
         """Programs that share a sequence of a head."""
-        return math.ceil(spec.V / self.grads.block_v) * math.ceil(spec.K / self.grads.block_k)
+        return self.grads.tiles(spec)
 
     @property
     def exact(self) -> ExactKernelConfig:
@@ -845,7 +849,7 @@ def scalar_grads_illegal(
         return reason
     if grads.dv or grads.keep > 1:
         return "grads.dv and grads.keep are not for scalar gates"
-    parts = -(-spec.K // grads.block_k) * -(-spec.V // grads.block_v)
+    parts = grads.tiles(spec)
     if parts > MOST_PARTS:
         return f"grads cut the state into {parts} tiles, at most {MOST_PARTS} can be added up"
     return None
@@ -1070,10 +1074,7 @@ def default_scalar_backward(
 
 def walking_programs(config: ScalarBackwardConfig, spec: Specialisation, bucket: Bucket) -> int:
     """Programs that walk back through the sequences of ``bucket``, 0 for chunks at once."""
-    if config.grads is None:
-        return 0
-    tiles = -(-spec.K // config.grads.block_k) * -(-spec.V // config.grads.block_v)
-    return tiles << max(0, bucket.bh)
+    return 0 if config.grads is None else config.grads.tiles(spec) << max(0, bucket.bh)
 
 
 def default_decode(spec: Specialisation) -> DecodeConfig:

@@ -320,8 +320,7 @@ def run_backward(
         assert config.grads is not None
         ends = (i.initial_state, None, None)
         _walk_states(plan, groups, i, scale, do, ends, (states, None))
-        v_tiles = -(-V // config.grads.block_v)
-        n_parts = -(-K // config.grads.block_k) * v_tiles
+        v_tiles, n_parts = -(-V // config.grads.block_v), config.grads.tiles(spec)
         dq, dk = (new(v_tiles, B, T, H, K, dtype=i.q.dtype) for _ in range(2))
         parts = new(n_parts, B, T, H) if want_dg and n_parts > 1 else None
         plan.kernels["scalar_bwd"].run(

@@ -41,7 +41,7 @@ from glac.reference import (
     yardstick_scalar_gla,
     yardstick_scalar_gla_backward,
 )
-from glac.templates import state_dtype, tiles
+from glac.templates import state_dtype
 from glac.testing import Inputs, hard_gates, problem_inputs
 from glac.validate import TORCH_DTYPES
 
@@ -303,8 +303,7 @@ class ScalarBackwardCase(ScalarForwardCase):
         kept = ((p.B, p.H, slots, spec.K, spec.V), TORCH_DTYPES[state_dtype(spec)])
         held: list[Buffer] = [kept, kept]
         if config.grads is not None:
-            parts = tiles("scalar_bwd", spec, config.grads)
-            held = [kept, ((parts, p.B, p.T, p.H), torch.float32)]
+            held = [kept, ((config.grads.tiles(spec), p.B, p.T, p.H), torch.float32)]
         for name, value in self.truth.items():
             held.append((tuple(value.shape), torch.float32 if name in ("dg", "dh0") else dtype))
         return held

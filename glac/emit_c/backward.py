@@ -29,7 +29,7 @@ from glac.emit_c.passes import (
     segment_states,
 )
 from glac.settings import DEFAULT_SCRATCH_BYTES
-from glac.templates import state_dtype, tiles
+from glac.templates import state_dtype
 
 KEEP_BYTES = DEFAULT_SCRATCH_BYTES
 """What C takes where a call does not say: it reads no environment."""
@@ -125,7 +125,7 @@ def _define(item: Function, kernels: Kernels) -> Iterator[str]:
     ]
     bytes_each = state_dtype(spec).itemsize
     if isinstance(config, ScalarBackwardConfig):
-        parts = 1 if config.grads is None else tiles("scalar_bwd", spec, config.grads)
+        parts = 1 if config.grads is None else config.grads.tiles(spec)
         launches = _scalar_launches(config, parts)
         body = _launched(item, kernels, launches)
         sizes = (config.chunk, spec.K, spec.V, bytes_each, int(config.grads is None), parts)

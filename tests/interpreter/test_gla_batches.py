@@ -291,10 +291,12 @@ def test_any_packed_batch(
 @pytest.mark.parametrize("hard", [False, True])
 @PREPARE
 def test_packed_is_separate_bit_for_bit(segment: int, hard: bool, prepare: int) -> None:
-    x = drawn(75, lengths=(31, 0, 10, 34), heads=(2, 1, 2), hard=hard)
+    # The exact passes of hard gates are slow here.
+    heads = (1, 1, 1) if hard else (2, 1, 2)
+    x = drawn(75, lengths=(31, 0, 10, 34), heads=heads, hard=hard)
     fwd, bwd = config(16, 16, segment, prepare=prepare), cut(segment or 64, dv_chunk=16)
     o, state = forward(x, fwd)
-    grads = backward(x, bwd)
+    grads = {} if prepare else backward(x, bwd)  # which prepares nothing
     for n in (0, 2, 3):
         alone = x.sequence(n)
         assert x.cu is not None
@@ -302,6 +304,8 @@ def test_packed_is_separate_bit_for_bit(segment: int, hard: bool, prepare: int) 
         one, last = forward(alone, fwd)
         assert torch.equal(o[:, begin:end], one)
         assert torch.equal(state[n : n + 1], last)
+        if not grads:
+            continue
         separate = backward(alone, bwd)
         for name in ("dq", "dk", "dv", "dg"):
             assert torch.equal(grads[name][:, begin:end], separate[name]), name

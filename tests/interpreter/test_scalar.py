@@ -230,7 +230,7 @@ def test_forward_equals_the_token_loop(
     check_forward(i, cfg)
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     batch=st.integers(1, 2),
     tokens=st.integers(1, 70),
@@ -286,7 +286,7 @@ def test_gradients_equal_those_in_fp64(
     check_backward(i, cfg, seed, end)
 
 
-@settings(max_examples=20)
+@settings(max_examples=14)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any),
     heads=HEADS,
@@ -376,7 +376,7 @@ def test_a_reset_forgets_and_has_no_gradient(walks: bool) -> None:
         assert torch.allclose(with_end[:, before], without[:, before], atol=2e-5)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     tokens=st.integers(1, 70),
     gate=GATES,
