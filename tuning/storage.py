@@ -171,10 +171,14 @@ def _open_database(optuna: Any, url: str) -> Any:
                 "a study in PostgreSQL needs psycopg", hint="pip install 'glac[fleet]'"
             )
         url = f"postgresql+psycopg://{rest}"
+    engine: dict[str, object] = {"pool_pre_ping": True}
+    if scheme.startswith("postgresql"):
+        # A server of a machine without a locale may keep plain bytes, which psycopg leaves so.
+        engine["connect_args"] = {"client_encoding": "utf8"}
     tries = 0
     while True:
         try:
-            return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+            return optuna.storages.RDBStorage(url, engine_kwargs=engine)
         except Exception as error:
             tries += 1
             # Of workers that make the tables of a new database together, all but one fail.
