@@ -5,7 +5,7 @@
 
 chunk by chunk, G the cumulative gate in the chunk (``scalar_fwd``). ``states`` gets S before each
 chunk and ``dstates`` D behind it, for ``scalar_bwd`` and ``scalar_bwd_chunks``. A launch does as
-many ``directions`` as it is told, from ``direction`` on; ``ends`` gets what the last one ends with.
+many ``directions`` as it is told, from ``direction`` on; ``ends`` gets the end of the last one.
 
 Slots are those of ``_place`` with chunks as segments: chunk c of sequence n is in slot c of the C
 of its row, or cu[n] // BT + n + c where sequences are packed.
