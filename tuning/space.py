@@ -307,6 +307,14 @@ def _walks(spec: Specialisation, gpu: GpuSpec) -> list[ChunkKernelConfig]:
     return sorted(tiles, key=lambda t: (_walk_prior(t, spec, gpu), t.slug))
 
 
+def _by_tile(walks: Sequence[ChunkKernelConfig]) -> list[ChunkKernelConfig]:
+    """The most promising schedule of each tile, in the order of ``walks``."""
+    found: dict[tuple[int, int, int], ChunkKernelConfig] = {}
+    for walk in walks:
+        found.setdefault((walk.chunk, walk.block_v, walk.num_warps), walk)
+    return list(found.values())
+
+
 def _backward_configs(
     problem: Problem, gpu: GpuSpec, default: BackwardConfig
 ) -> list[BackwardConfig]:
@@ -315,9 +323,7 @@ def _backward_configs(
     room = 64 if gpu.capability >= (9, 0) else 32  # registers; 1500 bytes of spills on Ampere
     walks = [t for t in _walks(spec, gpu) if t.block_v <= padded_v(spec)]
     # For the values' gradient every tile once: which one wins changes with the number of heads.
-    by_tile: dict[tuple[int, int, int], ChunkKernelConfig] = {}
-    for tile in walks:
-        by_tile.setdefault((tile.chunk, tile.block_v, tile.num_warps), tile)
+    by_tile = _by_tile(walks)
     found = []
     for dv in (False, True):
         tiles = _grads_tiles(spec, gpu, dv)
@@ -331,7 +337,7 @@ def _backward_configs(
         for grads in (*tiles, *apart):
             states = [t for t in walks if grads.chunk % t.chunk == 0]
             states = states[: STATES_TRIED if grads.keep == 1 else 1]
-            values = [None] if dv else list(by_tile.values())[:DV_TRIED]
+            values = [None] if dv else by_tile[:DV_TRIED]
             found += [BackwardConfig(s, grads, v) for s in states for v in values]
     cut = [cut_backward(c, spec, problem.bucket, gpu) for c in found]
     legal = [c for c in cut if why_illegal(spec, c, gpu) is None and c != default]
@@ -365,13 +371,14 @@ def _scalar_backward_configs(
         chunk: [t for t in walks if t.chunk == chunk][:SCALAR_STATES_TRIED]
         for chunk in (16, 32, 64)
     }
+    # Not timed beside chunks: it serves where nobody wants dg.
+    dv = default.dv if spec.K == spec.V else None
     at_once = [
         ScalarBackwardConfig(states, ChunkKernelConfig(chunk, block_v, warps, stages), None, dv)
         for chunk, block_v, warps, stages in itertools.product(
             (16, 32, 64), (32, 64, 128), (4, 8), (1, 2)
         )
         for states in by_chunk[chunk]
-        for dv in (default.dv if spec.K == spec.V else None,)
     ]
     at_once.sort(key=lambda c: (abs(c.chunk - 64), abs(c.chunks.block_v - 64) if c.chunks else 0))
     tiles = [
@@ -384,14 +391,11 @@ def _scalar_backward_configs(
     ]
     tiles.sort(key=lambda t: (-t.block_k * t.block_v, -t.chunk, t.num_warps, t.num_stages))
     tiles = [t for t in tiles if scalar_grads_illegal(spec, t, gpu) is None]
-    by_tile: dict[tuple[int, int, int], ChunkKernelConfig] = {}
-    for tile in walks:
-        by_tile.setdefault((tile.chunk, tile.block_v, tile.num_warps), tile)
     walking = [
-        ScalarBackwardConfig(states, None, grads, dv)
+        ScalarBackwardConfig(states, None, grads, values)
         for grads in tiles[:SCALAR_WALKS_TRIED]
         for states in by_chunk[grads.chunk]
-        for dv in list(by_tile.values())[:STATES_TRIED]
+        for values in _by_tile(walks)[:STATES_TRIED]
     ]
     found = [*at_once, *walking] if default.grads is None else [*walking, *at_once]
     return [c for c in found if why_illegal(spec, c, gpu) is None and c != default]
