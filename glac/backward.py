@@ -14,8 +14,8 @@ that are walked at once. The state before each and the gradient of the one behin
     gla_states, gla_combine      the same for the state's gradient, back in time
     gla_states, gla_bwd, gla_bwd_exact, for a few segments at a time
 
-In both cases ``gla_bwd_dv`` makes dv, where gla_bwd does not. The forward pass saves nothing but
-its inputs.
+In both cases ``gla_bwd_dv`` makes dv, where gla_bwd does not. ``ChunksBackwardConfig`` is another
+way, in ``glac.chunks_backward``. The forward pass saves nothing but its inputs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from glac.configs import BackwardConfig
+from glac.configs import BackwardConfig, ChunksBackwardConfig
 from glac.gate import GateInput, Gradients
 from glac.plan import Plan, gate_arguments, segment_states, segments_of, strides
 from glac.problem import Problem
@@ -82,20 +82,25 @@ def _state_bytes(problem: Problem) -> int:
     return states * state_dtype(spec).itemsize
 
 
+def packed_cut(problem: Problem, config: BackwardConfig | ChunksBackwardConfig) -> tuple[int, int]:
+    """Slots of segments of a packed batch, and the tokens of a segment. It always has some."""
+    step = config.chunk_step
+    segment = config.segment or step * math.ceil(PACKED_SEGMENT / step)
+    if segment >= problem.T:
+        # One slot for each sequence.
+        return problem.packed + 1, step * math.ceil(problem.T / step)
+    return segments_of(problem, segment)
+
+
 def cut(problem: Problem, config: BackwardConfig) -> Cut:
     """How the backward pass of ``problem`` goes through its sequences."""
-    step = config.chunk_step
-    segment = config.segment
-    if problem.packed and not segment:
-        segment = step * math.ceil(PACKED_SEGMENT / step)
-    if problem.packed and segment >= problem.T:
-        # A packed batch keeps its segments: one slot for each sequence.
-        segments, length = problem.packed + 1, step * math.ceil(problem.T / step)
+    if problem.packed:
+        segments, length = packed_cut(problem, config)
     else:
-        segments, length = segments_of(problem, segment)
-    if segments == 1 and not problem.packed:
-        count, window = windows(problem, config)
-        return Cut(count, window, 1, True)
+        segments, length = segments_of(problem, config.segment)
+        if segments == 1:
+            count, window = windows(problem, config)
+            return Cut(count, window, 1, True)
     spec, grads = problem.spec, config.grads
     per_segment = _state_bytes(problem) * math.ceil(length / grads.kept_tokens)
     per_launch = tiles("gla_bwd", spec, grads) * problem.B * problem.H
@@ -104,14 +109,14 @@ def cut(problem: Problem, config: BackwardConfig) -> Cut:
     return Cut(segments, length, math.ceil(segments / launches), False)
 
 
-def _parts(B: int, T: int, H: int, like: Tensor, parts: int) -> Tensor:
+def gradient_parts(B: int, T: int, H: int, like: Tensor, parts: int) -> Tensor:
     """Memory for a gradient per head of the output, in as many parts as tiles make it from."""
     import torch
 
     return torch.empty((parts, B, T, H, like.shape[-1]), dtype=like.dtype, device=like.device)
 
 
-def _summed(parts: Tensor, heads: int) -> Tensor:
+def summed(parts: Tensor, heads: int) -> Tensor:
     """The parts' sum over tiles and over heads that share an input, in fp32 and a fixed order."""
     count, B, T, H, D = parts.shape
     if heads != H:
@@ -125,7 +130,7 @@ def _summed(parts: Tensor, heads: int) -> Tensor:
 
 
 def run_backward(
-    plan: Plan[BackwardConfig],
+    plan: Plan[BackwardConfig] | Plan[ChunksBackwardConfig],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -162,6 +167,15 @@ def run_backward(
     from glac.validate import TORCH_DTYPES
 
     problem, config = plan.problem, plan.config
+    if isinstance(config, ChunksBackwardConfig):
+        from glac.chunks_backward import run_chunks_backward
+
+        return run_chunks_backward(
+            Plan(problem, config, plan.kernels),
+            *(q, k, v, gate, scale, initial_state, do, dht),
+            dh0=dh0,
+            cu=cu,
+        )
     spec = problem.spec
     B, T, H, K, V = problem.B, problem.T, problem.H, spec.K, spec.V
     N, state_heads = problem.sequences, problem.state_heads
@@ -180,8 +194,8 @@ def run_backward(
     def scratch(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=q.device)
 
-    dq, dk = _parts(B, T, H, q, v_tiles), _parts(B, T, H, k, v_tiles)
-    dv = _parts(B, T, H, v, 1)
+    dq, dk = gradient_parts(B, T, H, q, v_tiles), gradient_parts(B, T, H, k, v_tiles)
+    dv = gradient_parts(B, T, H, v, 1)
     dg = dx = dx_parts = dx_memory = dw = db = None
     if gate.lowrank:
         x = gate.tensors[0]
@@ -193,7 +207,7 @@ def run_backward(
         db = scratch(v_tiles, B, segments, H * K)
     else:
         assert gate.tensors[0] is not None
-        dg = _parts(B, T, H, gate.tensors[0], v_tiles)
+        dg = gradient_parts(B, T, H, gate.tensors[0], v_tiles)
 
     start_grads = scratch(N, H, K, V) if dh0 else None
     starts = ends = None
@@ -284,13 +298,13 @@ def run_backward(
         gates = (dx, dw, None if gate.tensors[2] is None else db)
     else:
         assert dg is not None
-        gates = (_summed(dg, state_heads),)
+        gates = (summed(dg, state_heads),)
     if start_grads is not None and problem.s_group > 1:
         start_grads = start_grads.view(N, state_heads, problem.s_group, K, V).sum(2)
     return (
-        _summed(dq, q.shape[2]),
-        _summed(dk, k.shape[2]),
-        _summed(dv, state_heads),
+        summed(dq, q.shape[2]),
+        summed(dk, k.shape[2]),
+        summed(dv, state_heads),
         gates,
         start_grads,
     )

@@ -31,6 +31,7 @@ MAX_STATE_REGISTERS = 256
 """Of a state tile per thread: one that has 255 and spills a little can still be the fastest."""
 
 Flat = TypeVar("Flat", bound="_KernelConfig")
+CutBackward = TypeVar("CutBackward", "BackwardConfig", "ChunksBackwardConfig")
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,10 @@ KERNEL_CONFIGS: dict[str, type[KernelConfig]] = {
     "gla_bwd_dv": ChunkKernelConfig,
     "gla_bwd": TileKernelConfig,
     "gla_bwd_exact": ExactKernelConfig,
+    "gla_bwd_walks": ChunkKernelConfig,
+    "gla_bwd_walks_exact": ChunkKernelConfig,
+    "gla_bwd_chunks": TileKernelConfig,
+    "gla_bwd_chunks_exact": ExactKernelConfig,
     "scalar_fwd": TurnedKernelConfig,
     "scalar_states": ChunkKernelConfig,
     "scalar_bwd_chunks": ChunkKernelConfig,
@@ -470,6 +475,101 @@ class BackwardConfig:
 
 
 @dataclass(frozen=True)
+class ChunksBackwardConfig:
+    """How one backward problem runs that makes the gradients of all chunks at once.
+
+    Attributes:
+        op, main, PARTS: as in ``ForwardConfig``.
+        prepare: the kernel that makes scaled tiles and scores once for all V tiles of a head.
+        walks: the kernel that keeps the state before each chunk and its gradient behind it, and
+            makes the gradient of the values, from chunks as ``prepare`` made them.
+        chunks: the kernel that makes the other gradients of a chunk, which may be a longer one.
+        states: the kernel that finds what segments add to the state and to its gradient.
+        segment: tokens per segment, a multiple of all chunk sizes; 0 walks whole sequences.
+    """
+
+    op: ClassVar[Op] = Op.BACKWARD
+    main: ClassVar[str] = "gla_bwd_chunks"
+    PARTS: ClassVar[Mapping[str, str]] = {
+        "gla_states": "states",
+        "gla_prepare": "prepare",
+        "gla_bwd_walks": "walks",
+        "gla_bwd_walks_exact": "walks",
+        "gla_bwd_chunks": "chunks",
+        "gla_bwd_chunks_exact": "chunks",
+    }
+
+    prepare: PrepareKernelConfig
+    walks: ChunkKernelConfig
+    chunks: TileKernelConfig
+    states: ChunkKernelConfig
+    segment: int = 0
+
+    @property
+    def chunk_step(self) -> int:
+        """What segments are a multiple of."""
+        return max(self.chunks.chunk, self.states.chunk)
+
+    def tiles(self, spec: Specialisation) -> int:
+        """Programs that share a sequence of a head, of which half walk back."""
+        return 2 * math.ceil(spec.V / self.walks.block_v)
+
+    def kernels(self) -> dict[str, KernelConfig]:
+        """Template name to kernel config, in launch order."""
+        c = self.chunks
+        return {
+            "gla_states": self.states,
+            "gla_combine": CombineKernelConfig(),
+            "gla_prepare": self.prepare,
+            "gla_bwd_walks": self.walks,
+            # The same grids, so the same tiles; of V a program of the second walks over any.
+            "gla_bwd_walks_exact": replace(self.walks, num_warps=8, num_stages=1, tma=False),
+            "gla_bwd_chunks": c,
+            "gla_bwd_chunks_exact": ExactKernelConfig(
+                c.chunk, c.block_k, min(c.block_v, 64), 8 if c.block_k > 64 else 4
+            ),
+        }
+
+    def with_part(self, part: str, kernel: Any) -> ChunksBackwardConfig:
+        """This config with another kernel config in field ``part``, and chunks that go with it."""
+        change: dict[str, Any] = {part: kernel}
+        walked = self.walks.chunk
+        if part in ("walks", "prepare"):
+            walked = kernel.chunk
+        elif part == "chunks":
+            walked = min(walked, kernel.chunk)
+        for other in ("walks", "prepare"):
+            change[other] = replace(change.get(other, getattr(self, other)), chunk=walked)
+        return replace(self, **change)
+
+    @property
+    def slug(self) -> str:
+        segment = f"-seg{self.segment}" if self.segment else ""
+        before = f"wk_{self.walks.slug}-pre_{self.prepare.slug}-st_{self.states.slug}"
+        return f"{self.chunks.slug}-{before}{segment}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "prepare": self.prepare.to_dict(),
+            "walks": self.walks.to_dict(),
+            "chunks": self.chunks.to_dict(),
+            "states": self.states.to_dict(),
+            "segment": self.segment,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> ChunksBackwardConfig:
+        d = strict_fields(cls, data, where)
+        return cls(
+            PrepareKernelConfig.from_dict(d["prepare"], f"{where}.prepare"),
+            ChunkKernelConfig.from_dict(d["walks"], f"{where}.walks"),
+            TileKernelConfig.from_dict(d["chunks"], f"{where}.chunks"),
+            ChunkKernelConfig.from_dict(d["states"], f"{where}.states"),
+            strict_int(d, "segment", where),
+        )
+
+
+@dataclass(frozen=True)
 class ScalarForwardConfig:
     """How one forward problem with a scalar gate runs: one kernel.
 
@@ -617,16 +717,23 @@ class DecodeConfig:
         return cls(DecodeKernelConfig.from_dict(d["decode"], f"{where}.decode"))
 
 
-Config = ForwardConfig | BackwardConfig | ScalarForwardConfig | ScalarBackwardConfig | DecodeConfig
+Config = (
+    ForwardConfig
+    | BackwardConfig
+    | ChunksBackwardConfig
+    | ScalarForwardConfig
+    | ScalarBackwardConfig
+    | DecodeConfig
+)
 
-CONFIGS: dict[Op, type[Config]] = {
-    Op.FORWARD: ForwardConfig,
-    Op.BACKWARD: BackwardConfig,
-    Op.SCALAR_FORWARD: ScalarForwardConfig,
-    Op.SCALAR_BACKWARD: ScalarBackwardConfig,
-    Op.DECODE: DecodeConfig,
+CONFIGS: dict[Op, tuple[type[Config], ...]] = {
+    Op.FORWARD: (ForwardConfig,),
+    Op.BACKWARD: (BackwardConfig, ChunksBackwardConfig),
+    Op.SCALAR_FORWARD: (ScalarForwardConfig,),
+    Op.SCALAR_BACKWARD: (ScalarBackwardConfig,),
+    Op.DECODE: (DecodeConfig,),
 }
-"""Which config each op takes."""
+"""Which configs each op takes, that of its default first."""
 
 
 def config_from_dict(op: Op, data: Mapping[str, Any], where: str = "config") -> Config:
@@ -635,7 +742,13 @@ def config_from_dict(op: Op, data: Mapping[str, Any], where: str = "config") -> 
     Raises:
         ConfigError: keys or types are wrong.
     """
-    return CONFIGS[op].from_dict(data, where)
+    kinds = CONFIGS[op]
+    if len(kinds) > 1 and isinstance(data, Mapping):
+        # Which one it is, the parts tell that only one of them has.
+        for kind in kinds[1:]:
+            if set(data) & (set(kind.PARTS.values()) - set(kinds[0].PARTS.values())):
+                return kind.from_dict(data, where)
+    return kinds[0].from_dict(data, where)
 
 
 def padded_k(spec: Specialisation) -> int:
@@ -840,6 +953,32 @@ def _why_illegal_backward(
     return _segment_illegal(config.segment, config.chunk_step) if config.segment else None
 
 
+def chunks_illegal(spec: Specialisation, chunks: TileKernelConfig, gpu: GpuSpec) -> str | None:
+    """``why_illegal`` of the kernel that makes all chunks' gradients at once, alone."""
+    reason = _why_illegal_walk(spec, chunks, gpu, "chunks", 0, 2)
+    if reason is None and (chunks.tma or chunks.dv or chunks.keep > 1):
+        return "chunks.tma, chunks.dv and chunks.keep are for kernels that walk"
+    return reason
+
+
+def _why_illegal_chunks_backward(
+    spec: Specialisation, config: ChunksBackwardConfig, gpu: GpuSpec
+) -> str | None:
+    reason = (
+        _why_illegal_walk(spec, config.states, gpu, "states", 1, 1)
+        or _why_illegal_kernel(spec, config.prepare, gpu, "prepare")
+        or _why_illegal_prepared(spec, config.walks, config.prepare, gpu, "walks", 2)
+        or chunks_illegal(spec, config.chunks, gpu)
+    )
+    if reason:
+        return reason
+    if config.chunks.chunk % config.walks.chunk:
+        return f"chunks.chunk must be a multiple of walks.chunk {config.walks.chunk}"
+    if config.states.chunk % config.chunks.chunk and config.chunks.chunk % config.states.chunk:
+        return f"states.chunk and chunks.chunk {config.chunks.chunk} must fit into each other"
+    return _segment_illegal(config.segment, config.chunk_step) if config.segment else None
+
+
 def scalar_grads_illegal(
     spec: Specialisation, grads: TileKernelConfig, gpu: GpuSpec
 ) -> str | None:
@@ -887,6 +1026,8 @@ def why_illegal(spec: Specialisation, config: Config, gpu: GpuSpec) -> str | Non
         return _why_illegal_forward(spec, config, gpu)
     if isinstance(config, BackwardConfig):
         return _why_illegal_backward(spec, config, gpu)
+    if isinstance(config, ChunksBackwardConfig):
+        return _why_illegal_chunks_backward(spec, config, gpu)
     if isinstance(config, ScalarForwardConfig):
         return _why_illegal_walk(spec, config.fwd, gpu, "fwd", 2, 1)
     if isinstance(config, ScalarBackwardConfig):
@@ -955,14 +1096,17 @@ def default_backward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> Back
 
 
 def cut_backward(
-    config: BackwardConfig, spec: Specialisation, bucket: Bucket, gpu: GpuSpec
-) -> BackwardConfig:
+    config: CutBackward, spec: Specialisation, bucket: Bucket, gpu: GpuSpec
+) -> CutBackward:
     """``config`` with segments that suit ``bucket``, which needs no other kernels."""
     return replace(config, segment=suitable_segment(config, spec, bucket, gpu))
 
 
 def suitable_segment(
-    config: ForwardConfig | BackwardConfig, spec: Specialisation, bucket: Bucket, gpu: GpuSpec
+    config: ForwardConfig | BackwardConfig | ChunksBackwardConfig,
+    spec: Specialisation,
+    bucket: Bucket,
+    gpu: GpuSpec,
 ) -> int:
     """Tokens per segment where whole sequences would leave most of the GPU idle, else 0.
 
@@ -987,7 +1131,10 @@ def suitable_segment(
 
 
 def packed_segment(
-    config: ForwardConfig | BackwardConfig, spec: Specialisation, bucket: Bucket, gpu: GpuSpec
+    config: ForwardConfig | BackwardConfig | ChunksBackwardConfig,
+    spec: Specialisation,
+    bucket: Bucket,
+    gpu: GpuSpec,
 ) -> int:
     """Tokens per segment of sequences whose lengths only the device knows; never 0.
 
@@ -1019,6 +1166,8 @@ def suited(
     ``new_kernels`` a forward config may also get the kernel for segments that it lacks.
     """
     if isinstance(config, BackwardConfig):
+        return cut_backward(config, spec, bucket, gpu)
+    if isinstance(config, ChunksBackwardConfig):
         return cut_backward(config, spec, bucket, gpu)
     if isinstance(config, ForwardConfig) and (config.summary is not None or new_kernels):
         return cut_forward(config, spec, bucket, gpu)

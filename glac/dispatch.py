@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from glac.configs import (
     BackwardConfig,
+    ChunksBackwardConfig,
     Config,
     DecodeConfig,
     ForwardConfig,
@@ -44,7 +45,13 @@ from glac.pack import Pack, PackRow, open_pack, read_pack
 from glac.plan import Kernel, Plan
 from glac.problem import Bucket, Op, Problem, Specialisation
 from glac.record import dataclass
-from glac.settings import Settings, load_settings, shipped_pack_dir
+from glac.settings import (
+    DEFAULT_SCRATCH_BYTES,
+    Settings,
+    load_settings,
+    scratch_bytes,
+    shipped_pack_dir,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -244,12 +251,12 @@ def _cut_anyhow(
     A forward row that lacks the kernels to cut sequences borrows those of another row.
     """
     config = row.config
-    if not isinstance(config, ForwardConfig | BackwardConfig):
+    if not isinstance(config, ForwardConfig | BackwardConfig | ChunksBackwardConfig):
         return row
     if config.segment and row.bucket == problem.bucket:
         return row
     segment = packed_segment(config, row.spec, problem.bucket, gpu)
-    if isinstance(config, BackwardConfig) or config.summary is not None:
+    if not isinstance(config, ForwardConfig) or config.summary is not None:
         return replace(row, config=replace(config, segment=segment))
     for other in sorted(others, key=lambda r: _nearness(r.bucket, row.bucket)):
         lender = other.config
@@ -275,6 +282,25 @@ def _idles(row: PackRow, gpu: GpuSpec, bucket: Bucket) -> bool:
     )
 
 
+MOST_KEPT = 1.5
+"""Of states, times the bytes of all inputs and gradients, unless ``GLAC_SCRATCH_MIB`` is less."""
+
+
+def _keeps_too_much(config: ChunksBackwardConfig, problem: Problem, gpu: GpuSpec) -> bool:
+    """Whether states of all chunks take more memory than a problem should need.
+
+    At 8,2048,4,256,512 they are 512 MiB, 1.3 times the tensors of the pass and as much as the parts
+    of gradients that they spare. Where somebody allows less memory than by default, less it is.
+    """
+    from glac.chunks_backward import kept_bytes
+
+    way = cut_backward(config, problem.spec, problem.bucket, gpu)
+    allowed = scratch_bytes()
+    if allowed >= DEFAULT_SCRATCH_BYTES:
+        allowed = max(allowed, int(MOST_KEPT * problem.bytes(Op.BACKWARD)))
+    return kept_bytes(problem, way) > allowed
+
+
 def _walks_in_vain(config: Config, problem: Problem, gpu: GpuSpec) -> bool:
     """Whether a backward config walks where others do better.
 
@@ -289,6 +315,8 @@ def _walks_in_vain(config: Config, problem: Problem, gpu: GpuSpec) -> bool:
         # instead of 2981.
         programs = walking_programs(config, problem.spec, problem.bucket)
         return problem.packed > 0 and 0 < programs < 2 * gpu.sm_count
+    if isinstance(config, ChunksBackwardConfig):
+        return _keeps_too_much(config, problem, gpu)
     if not isinstance(config, BackwardConfig) or config.grads.keep == 1:
         return False
     from glac.backward import cut
@@ -624,7 +652,7 @@ def resolve(
 @overload
 def resolve(
     problem: Problem, device: int, op: Literal[Op.BACKWARD]
-) -> tuple[Decision, Plan[BackwardConfig] | None]: ...
+) -> tuple[Decision, Plan[BackwardConfig] | Plan[ChunksBackwardConfig] | None]: ...
 
 
 @overload

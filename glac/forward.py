@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from glac.configs import CombineKernelConfig, ForwardConfig, padded_k
+from glac.configs import CombineKernelConfig, ForwardConfig, PrepareKernelConfig, padded_k
 from glac.gate import GateInput
 from glac.plan import Plan, gate_arguments, segment_states, segments_of, strides
 from glac.problem import Problem
@@ -44,17 +45,17 @@ class Prepared:
     slots: int
 
 
-def _prepare(
-    plan: Plan[ForwardConfig],
+def prepare(
+    plan: Plan[Any],
+    config: PrepareKernelConfig,
     q: Tensor,
     k: Tensor,
     gate: GateInput,
     scale: float,
     cu: Tensor | None,
 ) -> Prepared:
-    """Launch ``gla_prepare``."""
-    problem, config = plan.problem, plan.config.prepare
-    assert config is not None
+    """Launch ``gla_prepare`` of a plan, which has ``config``."""
+    problem = plan.problem
     spec = problem.spec
     gated, unit_k = gate_arguments(gate, spec), stride_unit(spec.K)
     chunk, keys, slots = config.chunk, padded_k(spec), chunk_slots(problem, config.chunk)
@@ -169,7 +170,7 @@ def run_forward(
     starts = None
     prepared = None
     if config.prepare is not None:
-        prepared = _prepare(plan, q, k, gate, scale, cu)
+        prepared = prepare(plan, config.prepare, q, k, gate, scale, cu)
     if seg_len < T and prepared is not None:
         starts = _prepared_segment_states(
             plan, q, k, v, gate, scale, initial_state, cu, o, prepared

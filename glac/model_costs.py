@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from glac.configs import BackwardConfig
+from glac.configs import BackwardConfig, ChunksBackwardConfig
 from glac.errors import ConfigError
 from glac.gpus import GpuSpec
 from glac.problem import DType, Gate, Op, Problem, Specialisation
@@ -530,7 +530,8 @@ def model_costs(model: ModelConfig, gpu: GpuSpec, lengths: Sequence[int] = LENGT
     layer = activation_bytes(model)
     kept = model.layers * (tokens * model.hidden * _WORD) if model.checkpoint else 0
     backward = chosen_config(problem, gpu, Op.BACKWARD)
-    states = kept_states_bytes(problem, backward) if isinstance(backward, BackwardConfig) else 0
+    kinds = BackwardConfig | ChunksBackwardConfig
+    states = kept_states_bytes(problem, backward) if isinstance(backward, kinds) else 0
     memory = {
         "weights": total * _WORD,
         "gradients": total * _WORD,

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from glac import __version__
 from glac.archive import CUBINS, MANIFEST, REBUILD, is_zip, members, read_member, zip_bytes
 from glac.atomic import sync_folder, write_bytes
-from glac.configs import CONFIGS, Config, why_illegal
+from glac.configs import Config, config_from_dict, why_illegal
 from glac.errors import ConfigError, PackError
 from glac.gpus import ARCHS, GPUS
 from glac.kernelspec import KernelSpec, config_kernels
@@ -400,6 +400,12 @@ def _check_kernel(
     )
 
 
+@functools.cache
+def _config_parser(op: Op) -> Callable[[Any, str], Config]:
+    """One for each op, as ``_Checker.parsed`` remembers by it."""
+    return functools.partial(config_from_dict, op)
+
+
 def _check_row(
     check: _Checker, index: int, value: object, arch: str, kernels: Mapping[str, PackedKernel]
 ) -> PackRow:
@@ -412,8 +418,7 @@ def _check_row(
     try:
         spec = check.parsed(Specialisation.from_dict, data["spec"], "spec")
         bucket = check.parsed(Bucket.from_dict, data["bucket"], "bucket")
-        parse: Callable[[Any, str], Config] = CONFIGS[op].from_dict
-        config = check.parsed(parse, data["config"], "config")
+        config = check.parsed(_config_parser(op), data["config"], "config")
     except ConfigError as error:
         raise check.fail(field, error.message) from None
     check.integer(bucket.bh, 0, _MAX_BUCKET, f"{field}.bucket.bh")

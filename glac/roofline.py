@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from glac.backward import cut
+from glac.chunks_backward import cut_chunks, kept_bytes, segment_chunks
 from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
+    ChunksBackwardConfig,
     CombineKernelConfig,
     Config,
     ForwardConfig,
@@ -165,6 +167,15 @@ def _step(
         return 2 * state + by_value, 0
     if template == "gla_walk_states":  # update
         return state, 0
+    if template == "gla_bwd_walks":  # of two programs one makes an update, one as gla_walk
+        return (3 * state + by_value) // 2, 0
+    if template == "gla_bwd_chunks":  # S do, dS v, dA for each tile of V; then as gla_bwd
+        tiles = math.ceil(spec.V / BV)
+        suffix = (2 if spec.dtype is DType.BF16 else 1) * by_key
+        flops += tiles * (2 * state + by_value) + 2 * by_key + suffix
+        if spec.gate is Gate.LOWRANK:  # dweight and dx
+            flops += 4 * C * BK * max(16, spec.rank)
+        return flops, exps + 2 * C * BK
     if template == "gla_fwd":  # read-out, update; scores; scores times values
         return flops + 2 * state + by_key + by_value, exps + 2 * C * BK
     if template == "gla_states":  # update
@@ -325,9 +336,15 @@ def _prepared_work(
     return [*found, _work(gpu, spec, "gla_walk", walk, programs, steps, moved)]
 
 
-def kept_states_bytes(problem: Problem, config: BackwardConfig) -> int:
+def kept_states_bytes(problem: Problem, config: BackwardConfig | ChunksBackwardConfig) -> int:
     """States that a backward pass keeps for itself at the most: of chunks, and of segments."""
-    spec, way = problem.spec, cut(problem, config)
+    spec = problem.spec
+    if isinstance(config, ChunksBackwardConfig):
+        segments = cut_chunks(problem, config).segments
+        marks = 0 if segments == 1 else (problem.H + problem.state_heads) * segments
+        marks *= problem.B * spec.K * spec.V * DType.FP32.itemsize
+        return kept_bytes(problem, config) + marks
+    way = cut(problem, config)
     grads = config.grads
     slots = way.at_once * math.ceil(min(way.length, problem.T) / grads.kept_tokens)
     kept = slots * problem.B * problem.state_heads * spec.K * spec.V
@@ -418,6 +435,51 @@ def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> li
     return found
 
 
+def _chunks_work(problem: Problem, config: ChunksBackwardConfig, gpu: GpuSpec) -> list[KernelWork]:
+    spec, sizes = problem.spec, problem.tensor_bytes
+    way, walks, tile = cut_chunks(problem, config), config.walks, config.chunks
+    found: list[KernelWork] = []
+    if way.segments > 1:
+        inputs = sizes["k"] + sizes["v"] + sizes["gate"]
+        back = sizes["q"] + sizes["o"] + sizes["gate"]
+        for read, heads in ((inputs, problem.state_heads), (back, problem.H)):
+            found += _summary_work(
+                problem, gpu, config.states, way.segments, way.length, read, heads
+            )
+    heads, token_heads = problem.B * problem.H, problem.B * problem.T * problem.H
+    size = state_dtype(spec).itemsize
+    prepared = heads * math.ceil(problem.T / walks.chunk)
+    scaled = 2 * token_heads * padded_k(spec) * size
+    scores = token_heads * walks.chunk * size
+    read = sizes["q"] + sizes["k"] + sizes["gate"]
+    pre = config.prepare
+    found.append(_work(gpu, spec, "gla_prepare", pre, prepared, 1, read + scaled + scores))
+    # The walk back reads both scaled tiles, the walk forward one; each V tile, from L2.
+    values = token_heads * spec.V * spec.dtype.itemsize
+    states = kept_bytes(problem, config)
+    programs = tiles("gla_bwd_walks", spec, walks) * way.segments * heads
+    steps = math.ceil(min(way.length, problem.T) / walks.chunk)
+    moved = scaled * 3 // 2 + scores + sizes["v"] + sizes["o"] + values + states
+    found += [
+        _work(gpu, spec, "gla_bwd_walks", walks, programs, steps, moved),
+        _work(gpu, spec, "gla_bwd_walks_exact", None, programs, 0, 0),
+    ]
+    programs = tiles("gla_bwd_chunks", spec, tile) * way.segments * heads
+    programs *= segment_chunks(problem, config)
+    gate = 4 * token_heads * spec.rank * math.ceil(spec.K / tile.block_k)
+    if spec.gate is not Gate.LOWRANK:
+        gate = token_heads * spec.K * spec.gate_dtype.itemsize
+    moved = sum(sizes.values()) + states + 2 * token_heads * spec.K * spec.dtype.itemsize + gate
+    found += [
+        _work(gpu, spec, "gla_bwd_chunks", tile, programs, 1, moved),
+        _work(gpu, spec, "gla_bwd_chunks_exact", None, programs, 0, 0),
+    ]
+    if problem.s_group > 1 or problem.q_group > 1 or problem.k_group > 1:
+        summed = 3 * token_heads * spec.K * spec.dtype.itemsize + values
+        found.append(_work(gpu, spec, "sums of parts", None, 1, 0, summed, 3))
+    return found
+
+
 def kernel_work(problem: Problem, config: Config, gpu: GpuSpec) -> tuple[KernelWork, ...]:
     """What each kernel of a config does for a problem, in launch order.
 
@@ -433,6 +495,8 @@ def kernel_work(problem: Problem, config: Config, gpu: GpuSpec) -> tuple[KernelW
         return tuple(_forward_work(problem, config, gpu))
     if isinstance(config, BackwardConfig):
         return tuple(_backward_work(problem, config, gpu))
+    if isinstance(config, ChunksBackwardConfig):
+        return tuple(_chunks_work(problem, config, gpu))
     raise ConfigError(f"no count of FLOPs for a {type(config).__name__}")
 
 

@@ -84,6 +84,21 @@ _BWD_ARGS = (
     f"{_STRIDES['do']} {_STRIDES['g']} {_X_STRIDES}"
 )
 
+_WALKS_ARGS = (
+    f"q:*io k:*io v:*io {_GATE} do:*io cu:*i32 h0:*fp32 starts:*fp32 dht:*fp32 ends:*fp32 "
+    "qs:*state ks:*state scores:*state decays:*fp32 flags:*i32 states:*state dstates:*state "
+    f"dv:*io dh0:*fp32 scale:fp32 {_GATE_SCALARS} T:i32 N:i32 H:i32 n_seg:i32 seg_len:i32 "
+    f"n_chunks:i32 keep:i32 n_kept:i32 {_GROUPS} has_cu:i32 has_h0:i32 has_dht:i32 has_dh0:i32 "
+    f"has_bias:i32 {_STRIDES['q']} {_STRIDES['k']} {_STRIDES['v']} {_STRIDES['do']} "
+    f"{_STRIDES['g']} {_X_STRIDES}"
+)
+_CHUNKS_ARGS = (
+    f"q:*io k:*io v:*io {_GATE} do:*io cu:*i32 states:*state dstates:*state dq:*io dk:*io "
+    f"dg:*gate dx:*fp32 dw:*fp32 db:*fp32 flags:*i32 scale:fp32 {_GATE_SCALARS} T:i32 N:i32 "
+    f"H:i32 n_seg:i32 seg_len:i32 n_kept:i32 {_GROUPS} has_cu:i32 has_bias:i32 {_STRIDES['q']} "
+    f"{_STRIDES['k']} {_STRIDES['v']} {_STRIDES['do']} {_STRIDES['g']} {_X_STRIDES}"
+)
+
 _SCALAR_STRIDES = " ".join(_STRIDES[name] for name in ("q", "k", "v", "do", "g"))
 _QKV_STRIDES = "q_b:i32 q_t:i32 q_h:i32 k_b:i32 k_t:i32 k_h:i32 v_b:i32 v_t:i32 v_h:i32"
 
@@ -162,6 +177,10 @@ TEMPLATES: dict[str, Template] = {
             ),
             ("segments", "heads"),
         ),
+        Template("gla_bwd_walks", _args(_WALKS_ARGS), ("segments", "heads")),
+        Template("gla_bwd_walks_exact", _args(_WALKS_ARGS), ("segments", "heads")),
+        Template("gla_bwd_chunks", _args(_CHUNKS_ARGS), ("chunks", "segments", "heads")),
+        Template("gla_bwd_chunks_exact", _args(_CHUNKS_ARGS), ("chunks", "segments", "heads")),
         Template(
             "scalar_fwd",
             _args(
@@ -233,7 +252,11 @@ FORWARD = (
 )
 """Templates of the forward pass."""
 
-BACKWARD = ("gla_states", "gla_combine", "gla_bwd", "gla_bwd_exact", "gla_bwd_dv")
+BACKWARD = (
+    *("gla_states", "gla_combine", "gla_bwd", "gla_bwd_exact", "gla_bwd_dv"),
+    *("gla_prepare", "gla_bwd_walks", "gla_bwd_walks_exact"),
+    *("gla_bwd_chunks", "gla_bwd_chunks_exact"),
+)
 """Templates of the backward pass."""
 
 SCALAR_BACKWARD = ("scalar_states", "scalar_bwd_chunks", "scalar_bwd", "scalar_bwd_dv")
@@ -327,6 +350,10 @@ _WITHOUT = {
     "gla_walk": ("INTERPRETED",),
     "gla_bwd": ("BX",),
     "gla_bwd_exact": ("INTERPRETED",),
+    "gla_bwd_walks": ("R", "BR", "UK", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
+    "gla_bwd_walks_exact": ("INTERPRETED", "STAGES", "TMA"),
+    "gla_bwd_chunks": ("BX", "INTERPRETED", "TMA", "DV", "KEEP"),
+    "gla_bwd_chunks_exact": ("INTERPRETED", "DV"),
 }
 """Constants of the others that a template does not take."""
 
@@ -406,6 +433,12 @@ def tiles(template: str, spec: Specialisation, config: KernelConfig) -> int:
     v_tiles = math.ceil(spec.V / config.block_v)
     if template == "scalar_bwd_chunks":  # walks all V tiles of its chunk
         return 1
+    if template in ("gla_bwd_walks", "gla_bwd_walks_exact"):  # forward and back
+        return 2 * v_tiles
+    if template.startswith("gla_bwd_chunks") and isinstance(
+        config, TileKernelConfig | ExactKernelConfig
+    ):
+        return math.ceil(spec.K / config.block_k)
     if isinstance(config, TileKernelConfig | ExactKernelConfig):
         return math.ceil(spec.K / config.block_k) * v_tiles
     return v_tiles

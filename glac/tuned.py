@@ -11,7 +11,7 @@ import functools
 import importlib.resources
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from glac.atomic import write_text
-from glac.configs import CONFIGS, Config, why_illegal
+from glac.configs import CONFIGS, Config, config_from_dict, why_illegal
 from glac.errors import ConfigError
 from glac.gpus import ARCHS, GPUS, gpu_by_name
 from glac.kernelspec import config_kernels
@@ -478,9 +478,15 @@ def _op(doc: _Document, value: object, path: tuple[Key, ...]) -> Op:
     return Op(value)
 
 
-def _parsed(doc: _Document, cls: Any, data: Any, path: tuple[Key, ...], key: str) -> Any:
+def _parsed(
+    doc: _Document,
+    parse: Callable[[Any, str], Any],
+    data: Any,
+    path: tuple[Key, ...],
+    key: str,
+) -> Any:
     try:
-        return cls.from_dict(data[key], key)
+        return parse(data[key], key)
     except ConfigError as error:
         # The message begins with what it is about: `config.fwd: chunk must be ...`.
         about, _, reason = error.message.partition(": ")
@@ -495,8 +501,8 @@ def _texts(doc: _Document, data: Any, names: Collection[str], path: tuple[Key, .
 def _denied(doc: _Document, value: object, path: tuple[Key, ...]) -> Denied:
     data = doc.mapping(value, _names(Denied), path)
     op = _op(doc, data["op"], path)
-    spec: Specialisation = _parsed(doc, Specialisation, data, path, "spec")
-    parts = CONFIGS[op].PARTS.values()
+    spec: Specialisation = _parsed(doc, Specialisation.from_dict, data, path, "spec")
+    parts = dict.fromkeys(part for kind in CONFIGS[op] for part in kind.PARTS.values())
     match: dict[str, dict[str, int | bool]] = {}
     where = (*path, "match")
     for part, fields_ in doc.mapping(data["match"], tuple(parts), where, whole=False).items():
@@ -530,9 +536,9 @@ def _row(
     data = doc.mapping(value, keys, path)
     gpu = GPUS[gpu_name]
     op = _op(doc, data["op"], path)
-    spec: Specialisation = _parsed(doc, Specialisation, data, path, "spec")
-    bucket: Bucket = _parsed(doc, Bucket, data, path, "bucket")
-    config: Config = _parsed(doc, CONFIGS[op], data, path, "config")
+    spec: Specialisation = _parsed(doc, Specialisation.from_dict, data, path, "spec")
+    bucket: Bucket = _parsed(doc, Bucket.from_dict, data, path, "bucket")
+    config: Config = _parsed(doc, functools.partial(config_from_dict, op), data, path, "config")
     shape = doc.mapping(data["shape"], ("B", "T", "H"), (*path, "shape"))
     problem = Problem(
         spec, **{key: doc.integer(shape[key], (*path, "shape", key), low=1) for key in shape}

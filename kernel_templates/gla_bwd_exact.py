@@ -22,76 +22,10 @@ Tensors and grid are those of ``gla_bwd``; a program whose flag is 0 returns at 
 import triton
 import triton.language as tl
 
-from glac.kernel_templates._bwd import load_rows, logsigmoid_gate, store_rows
-from glac.kernel_templates._exact import MIDPOINT_RANGE_LOG2
-from glac.kernel_templates._gate import LOG2E, STEP_MIN_LOG2, operand
+from glac.kernel_templates._bwd import load_rows, store_rows
+from glac.kernel_templates._bwd_exact import block_pairs, gate_rows
+from glac.kernel_templates._gate import LOG2E, operand
 from glac.kernel_templates._place import place
-
-
-@triton.jit
-def _gate_rows(
-    g, x, b_w, b_bias, inv_normalizer, clamp_log2, t, m_row, row_g, row_x, o_k, m_k,
-    R: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr,
-    LOWRANK: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Of the rows from t on: steps ``[BX, BK]`` in log2, clamped, 0 where off; slope; x."""
-    slope = 0.0
-    b_x = 0.0
-    if LOWRANK:
-        o_r = tl.arange(0, BR)
-        b_x = load_rows(x, t, 0, row_x, o_r, m_row[:, None] & (o_r < R)[None, :], BX, False)
-        b_y = tl.dot(b_x, tl.trans(b_w), input_precision=PRECISION) * LOG2E + b_bias[None, :]
-        b_g, slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
-        b_g = tl.where(m_row[:, None], b_g, 0.0)
-    else:
-        b_g = load_rows(g, t, 0, row_g, o_k, m_row[:, None] & m_k[None, :], BX, False)
-        b_g = b_g.to(tl.float32) * LOG2E
-    return tl.maximum(b_g, STEP_MIN_LOG2), slope, b_x
-
-
-@triton.jit
-def _block_pairs(
-    b_q, b_k, b_step, b_da, BX: tl.constexpr, IO: tl.constexpr, PRECISION: tl.constexpr
-):
-    """What pairs inside the block give: scores A, dq, dk, and the summand of dg."""
-    row = tl.arange(0, BX)
-    # From the first row on: its own step decays no pair of the block, and may be a reset.
-    b_rel = tl.cumsum(tl.where((row == 0)[:, None], 0.0, b_step), 0)
-    last = tl.min(b_rel, 0)
-    if tl.min(last, 0) >= -MIDPOINT_RANGE_LOG2:
-        anchor = (0.5 * last)[None, :]
-        e_q = tl.exp2(b_rel - anchor)
-        e_k = tl.exp2(anchor - b_rel)
-        qm = operand(b_q * e_q, IO)
-        km = operand(b_k * e_k, IO)
-        d_a = operand(b_da, IO)
-        b_a = tl.dot(qm, tl.trans(km), input_precision=PRECISION)
-        b_x = tl.dot(d_a, km, input_precision=PRECISION)
-        b_y = tl.dot(tl.trans(d_a), qm, input_precision=PRECISION)
-        b_p = qm.to(tl.float32) * b_x - km.to(tl.float32) * b_y
-        dq = b_x * e_q
-        dk = b_y * e_k
-    else:
-        # Column by column from the right, so that each decay is a sum of steps (see _exact).
-        b_a = tl.zeros([BX, BX], dtype=tl.float32)
-        dq = tl.zeros_like(b_step)
-        dk = tl.zeros_like(b_step)
-        gap = tl.zeros_like(b_step)
-        for i in range(BX):
-            j = BX - 1 - i
-            pick = (row == j)[:, None]
-            column = (row == j)[None, :]
-            k_j = tl.sum(tl.where(pick, b_k, 0.0), 0)
-            decay = tl.where((row >= j)[:, None], tl.exp2(gap), 0.0)
-            da_j = tl.sum(tl.where(column, b_da, 0.0), 1)
-            b_a = tl.where(column, tl.sum(b_q * k_j[None, :] * decay, 1)[:, None], b_a)
-            dq += da_j[:, None] * k_j[None, :] * decay
-            dk_j = tl.sum(da_j[:, None] * b_q * decay, 0)
-            dk = tl.where(pick, dk_j[None, :], dk)
-            step_j = tl.sum(tl.where(pick, b_step, 0.0), 0)
-            gap = tl.where((row >= j)[:, None], gap + step_j[None, :], gap)
-        b_p = b_q * dq - b_k * dk
-    return b_a, dq, dk, b_p
 
 
 @triton.jit
@@ -259,11 +193,11 @@ def gla_bwd_exact(
             t = t_begin + i_c * BT + j * BX
             m_t = t + row < n_tok
             m_after = (row < BX - 1) & (t + 1 + row < n_tok)
-            b_step, _, _ = _gate_rows(
+            b_step, _, _ = gate_rows(
                 g, x, b_w, b_bias, inv_normalizer, clamp_log2, t, m_t, row_g, row_x, o_k, m_k,
                 R, BR, BX, LOWRANK, BF16, PRECISION,
             )  # fmt: skip
-            b_after, _, _ = _gate_rows(
+            b_after, _, _ = gate_rows(
                 g, x, b_w, b_bias, inv_normalizer, clamp_log2, t + 1, m_after, row_g, row_x,
                 o_k, m_k, R, BR, BX, LOWRANK, BF16, PRECISION,
             )  # fmt: skip
@@ -278,11 +212,11 @@ def gla_bwd_exact(
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         m_after = (row < BX - 1) & (t + 1 + row < n_tok)
-        b_step, slope, b_x = _gate_rows(
+        b_step, slope, b_x = gate_rows(
             g, x, b_w, b_bias, inv_normalizer, clamp_log2, t, m_t, row_g, row_x, o_k, m_k,
             R, BR, BX, LOWRANK, BF16, PRECISION,
         )  # fmt: skip
-        b_after, _, _ = _gate_rows(
+        b_after, _, _ = gate_rows(
             g, x, b_w, b_bias, inv_normalizer, clamp_log2, t + 1, m_after, row_g, row_x, o_k, m_k,
             R, BR, BX, LOWRANK, BF16, PRECISION,
         )  # fmt: skip
@@ -292,7 +226,7 @@ def gla_bwd_exact(
         b_do = operand(load_rows(do, t, 0, row_do, o_v, m_tv, BX, False), IO)  # [BX, BV]
         b_da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_da = tl.where(m_low, b_da, 0.0)  # [BX, BX]
-        b_a, b_dq, b_dk, b_p = _block_pairs(b_q, b_k, b_step, b_da, BX, IO, PRECISION)
+        b_a, b_dq, b_dk, b_p = block_pairs(b_q, b_k, b_step, b_da, BX, IO, PRECISION)
 
         e_start = tl.exp2(tl.cumsum(b_step, 0))  # 2^G
         e_end = tl.exp2(tl.cumsum(b_after, 0, reverse=True))  # 2^(Gend - G)

@@ -41,11 +41,9 @@ import triton
 import triton.language as tl
 
 from glac.kernel_templates._exact import exact_segment
+from glac.kernel_templates._flags import flagged
 from glac.kernel_templates._gate import operand
 from glac.kernel_templates._place import place
-
-FLAGS = tl.constexpr(128)
-"""Flags that are read at once."""
 
 
 @triton.jit
@@ -161,13 +159,7 @@ def gla_walk(
     # Heads that share a state write it once.
     keep = (has_ht != 0) & is_last & (i_h % s_group == 0)
 
-    flagged = t_begin * 0
-    for c in tl.range(t_begin // BT, tl.cdiv(t_end, BT), FLAGS, num_stages=1):
-        o_c = c + tl.arange(0, FLAGS)
-        b_f = tl.load(flags + o_c, mask=o_c < tl.cdiv(t_end, BT), other=0)
-        flagged = tl.maximum(flagged, tl.max(b_f, 0))
-
-    if flagged != 0:
+    if flagged(flags, t_begin, t_end, BT) != 0:
         q += (i_b * q_b + bos * q_t + (i_h // q_group).to(tl.int64) * q_h) * UK
         k += (i_b * k_b + bos * k_t + (i_h // k_group).to(tl.int64) * k_h) * UK
         if LOWRANK:

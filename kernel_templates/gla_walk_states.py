@@ -25,11 +25,10 @@ import triton
 import triton.language as tl
 
 from glac.kernel_templates._exact import exact_segment
+from glac.kernel_templates._flags import flagged
 from glac.kernel_templates._gate import operand
 from glac.kernel_templates._place import place
 
-FLAGS = tl.constexpr(128)
-"""Flags that are read at once."""
 ROWS = tl.constexpr(16)
 """Rows of ``ends`` that are read at once."""
 
@@ -141,13 +140,7 @@ def gla_walk_states(
             b_total += tl.sum(tl.log2(b_e), 0)
         tl.store(decay + o_k, b_total, mask=m_k)
 
-    flagged = t_begin * 0
-    for c in tl.range(c_first, c_end, FLAGS, num_stages=1):
-        o_c = c + tl.arange(0, FLAGS)
-        b_f = tl.load(flags + o_c, mask=o_c < c_end, other=0)
-        flagged = tl.maximum(flagged, tl.max(b_f, 0))
-
-    if flagged != 0:
+    if flagged(flags, t_begin, t_end, BT) != 0:
         q += (i_b * q_b + bos * q_t + (i_h // q_group).to(tl.int64) * q_h) * UK
         k += (i_b * k_b + bos * k_t + (i_h // k_group).to(tl.int64) * k_h) * UK
         o += ((i_b * T + bos) * H + i_h) * V

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from glac import decode, scalar
 from glac.backward import cut, run_backward
+from glac.chunks_backward import cut_chunks, segment_chunks
 from glac.configs import (
     BackwardConfig,
+    ChunksBackwardConfig,
     Config,
     ForwardConfig,
     ScalarBackwardConfig,
@@ -236,6 +238,8 @@ class BackwardCase(Case):
         return {name: value for name, value in named if value is not None}
 
     def buffers(self, config: Config) -> list[Buffer]:
+        if isinstance(config, ChunksBackwardConfig):
+            return self._chunk_buffers(config)
         assert isinstance(config, BackwardConfig)
         problem, spec, i = self.problem, self.problem.spec, self.inputs
         grads, heads = config.grads, problem.B * problem.H
@@ -253,6 +257,28 @@ class BackwardCase(Case):
         if way.segments > 1:
             state = (heads, way.segments, spec.K, spec.V)
             held += [(state, torch.float32)] * (1 if way.chained else 2)
+        if "dh0" in self.truth:
+            held.append((tuple(self.truth["dh0"].shape), torch.float32))
+        return held
+
+    def _chunk_buffers(self, config: ChunksBackwardConfig) -> list[Buffer]:
+        problem, spec, i = self.problem, self.problem.spec, self.inputs
+        way, tile = cut_chunks(problem, config), TORCH_DTYPES[state_dtype(spec)]
+        slots = way.segments * segment_chunks(problem, config)
+        heads, keys, walked = problem.B * problem.H, padded_k(spec), config.prepare.chunk
+        prepared = chunk_slots(problem, walked)
+        held: list[Buffer] = [(tuple(x.shape), x.dtype) for x in (i.q, i.k, i.v)]
+        held += [((heads, slots, spec.K, spec.V), tile)] * 2
+        held += [((heads, prepared, walked, keys), tile)] * 2
+        held.append(((heads, prepared, walked, walked), tile))
+        if i.g is None:
+            tiles = math.ceil(spec.K / config.chunks.block_k)
+            held.append(((heads * tiles, problem.T, spec.rank), torch.float32))
+            held.append(((heads, slots, spec.K, spec.rank), torch.float32))
+        else:
+            held.append((tuple(i.g.shape), i.g.dtype))
+        if way.segments > 1:
+            held += [((heads, way.segments, spec.K, spec.V), torch.float32)] * 2
         if "dh0" in self.truth:
             held.append((tuple(self.truth["dh0"].shape), torch.float32))
         return held

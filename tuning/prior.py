@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 
+from glac.chunks_backward import kept_bytes
 from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
+    ChunksBackwardConfig,
     Config,
     ForwardConfig,
     TileKernelConfig,
@@ -93,6 +95,16 @@ def predicted_us(problem: Problem, config: Config, gpu: GpuSpec) -> float:
             seconds += _walk_seconds(problem, config.summary, gpu, again, 1, segments)
             seconds += _LAUNCH + states / gpu.copy_bandwidth
         return seconds * 1e6
+    if isinstance(config, ChunksBackwardConfig):
+        v_tiles = math.ceil(padded_v(spec) / config.walks.block_v)
+        k_tiles = math.ceil(padded_k(spec) / config.chunks.block_k)
+        kept = float(kept_bytes(problem, config))  # written, then read
+        scaled = rows * (2.0 * spec.K * spec.dtype.itemsize)
+        seconds = _LAUNCH + (rows * k_bytes + 1.5 * scaled) / gpu.copy_bandwidth
+        moved = 2 * scaled * v_tiles + 3 * rows * v_bytes + kept
+        seconds += 2 * _walk_seconds(problem, config.walks, gpu, moved / 2, 2)
+        moved = kept + rows * (2 * k_bytes + 2 * v_bytes * k_tiles)
+        return (seconds + _LAUNCH + moved / gpu.copy_bandwidth) * 1e6
     if not isinstance(config, BackwardConfig):
         # An op without a model of its own: nothing to choose by but what has to move.
         return problem.bytes(config.op) / gpu.copy_bandwidth * 1e6

@@ -25,6 +25,7 @@ from typing import Any
 from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
+    ChunksBackwardConfig,
     Config,
     DecodeConfig,
     DecodeKernelConfig,
@@ -90,7 +91,7 @@ def _config(slug: str, gate: Gate) -> Config:
     # A segment's length is followed by the kernel that summarises segments.
     named: dict[str, str] = {}
     for part in rest:
-        key = next((k for k in ("st_", "dv_", "pre_", "seg") if part.startswith(k)), "")
+        key = next((k for k in ("st_", "dv_", "pre_", "wk_", "seg") if part.startswith(k)), "")
         named[key.rstrip("_") or "summary"] = part.removeprefix(key)
     segment = int(named.get("seg", 0))
     dv = _walk(named["dv"]) if "dv" in named else None
@@ -99,6 +100,10 @@ def _config(slug: str, gate: Gate) -> Config:
             return ScalarForwardConfig(_turned(main))
         chunks, grads = (None, _tile(main)) if "_bk" in main else (_walk(main), None)
         return ScalarBackwardConfig(_walk(named["st"]), chunks, grads, dv)
+    if "wk" in named:
+        return ChunksBackwardConfig(
+            _prepare(named["pre"]), _walk(named["wk"]), _tile(main), _walk(named["st"]), segment
+        )
     if "_bk" in main:
         return BackwardConfig(_walk(named["st"]), _tile(main), dv, segment)
     summary = _walk(named["summary"]) if "summary" in named else None

@@ -14,6 +14,8 @@ Backward, the three kernels one after the other, so that each list is short:
                                           stages 2 3 4, tma; with v only where a tile has all of K;
                                           states kept every chunk, or every 4 or 8
     states, gradient of v                 as forward
+    all chunks' gradients at once         bf16 on Hopper, where V >= 2K, or a low-rank gate and
+                                          K > 64: a few tiles for each kernel
     segment                               what suits the heads and the length, or 0
 
 Scalar gate: the same tiles forward, each with the state either way round; backward a few of them
@@ -38,6 +40,7 @@ from glac.configs import (
     WARPS,
     BackwardConfig,
     ChunkKernelConfig,
+    ChunksBackwardConfig,
     Config,
     DecodeConfig,
     DecodeKernelConfig,
@@ -47,6 +50,7 @@ from glac.configs import (
     ScalarForwardConfig,
     TileKernelConfig,
     TurnedKernelConfig,
+    chunks_illegal,
     cut_backward,
     default_config,
     grads_illegal,
@@ -57,13 +61,14 @@ from glac.configs import (
 )
 from glac.errors import ConfigError
 from glac.gpus import GpuSpec
-from glac.problem import DType, Op, Problem, Specialisation
+from glac.problem import DType, Gate, Op, Problem, Specialisation
 from glac.suites import SUITES as SUITES
 from glac.suites import make_problem as make_problem
 
 BLOCKS_V = (32, 64, 128, 256)
-GRADS_TRIED, WHOLE_TRIED, STATES_TRIED, DV_TRIED = 5, 3, 3, 8
-"""Of a backward problem: gradient kernels without and with dv, states kernels, dv kernels."""
+GRADS_TRIED, WHOLE_TRIED, STATES_TRIED, DV_TRIED, DV_BESIDE = 5, 3, 3, 8, 5
+"""Of a backward problem: gradient kernels without and with dv, states kernels, dv kernels, and
+these where chunks at once are tried as well."""
 KEEPS_TRIED = (4, 8)
 """Chunks between kept states, beside 1. On an H100 2 lost to 4 wherever it was timed, and where
 one program fills an SM, as with dv at 128 channels, 4 and 8 gained nothing."""
@@ -83,6 +88,13 @@ PREPARES = {
     ),
 }
 """For each chunk, the best first: measured on an H100 at K of 128 and 256."""
+CHUNK_TILES = (
+    TileKernelConfig(64, 64, 64, 4, 3),
+    TileKernelConfig(64, 128, 64, 8, 3),
+    TileKernelConfig(64, 64, 128, 4, 2),
+    TileKernelConfig(64, 64, 64, 4, 2),
+)
+"""Of the kernel that makes all chunks' gradients at once, likewise."""
 PREPARED_SPLIT = 3
 """Prepared configs of each segment length."""
 SMALLEST_SEGMENT = 256
@@ -315,15 +327,50 @@ def _by_tile(walks: Sequence[ChunkKernelConfig]) -> list[ChunkKernelConfig]:
     return list(found.values())
 
 
+def _chunks_configs(problem: Problem, gpu: GpuSpec) -> list[ChunksBackwardConfig]:
+    """Gradients of all chunks at once: pays where heads have several V tiles.
+
+    Walking back, each of these makes dq, dk and dg in parts, which are then added up, and the
+    gate's exponentials again. Measured on an H100: 810 us instead of 1467 at 8,2048,4,256,512 and
+    299 instead of 438 at 8,2048,4,128,256, but 393 instead of 395 at 4,2048,16,128,128; with a
+    low-rank gate, whose logits each walk makes again, 484 instead of 529 there.
+    """
+    spec = problem.spec
+    pays = spec.V >= 2 * spec.K or (spec.gate is Gate.LOWRANK and spec.K > 64)
+    if not pays or spec.dtype is not DType.BF16 or gpu.capability < (9, 0):
+        return []
+    tiles = [t for t in CHUNK_TILES if chunks_illegal(spec, t, gpu) is None]
+    if padded_k(spec) > 128:
+        walks = [ChunkKernelConfig(32, 128, 8, 3, tma=True), ChunkKernelConfig(64, 64, 4, 2, True)]
+    else:
+        walks = [
+            ChunkKernelConfig(chunk, min(padded_v(spec), block_v), warps, stages, tma=True)
+            for chunk, block_v, warps, stages in (
+                (32, 64, 4, 3),
+                (32, 64, 4, 4),
+                (64, 64, 4, 3),
+                (32, 128, 8, 3),
+            )
+        ]
+    states = next(t for t in _walks(spec, gpu) if t.chunk <= CHUNK_TILES[0].chunk)
+    return [
+        ChunksBackwardConfig(prepare, walk, tile, states)
+        for tile in tiles
+        for walk in walks
+        for prepare in PREPARES[walk.chunk][:2]
+    ]
+
+
 def _backward_configs(
-    problem: Problem, gpu: GpuSpec, default: BackwardConfig
-) -> list[BackwardConfig]:
+    problem: Problem, gpu: GpuSpec, default: BackwardConfig | ChunksBackwardConfig
+) -> list[BackwardConfig | ChunksBackwardConfig]:
     """All combinations of a few choices for each kernel."""
     spec = problem.spec
     room = 64 if gpu.capability >= (9, 0) else 32  # registers; 1500 bytes of spills on Ampere
     walks = [t for t in _walks(spec, gpu) if t.block_v <= padded_v(spec)]
     # For the values' gradient every tile once: which one wins changes with the number of heads.
     by_tile = _by_tile(walks)
+    chunks = _chunks_configs(problem, gpu)
     found = []
     for dv in (False, True):
         tiles = _grads_tiles(spec, gpu, dv)
@@ -337,12 +384,19 @@ def _backward_configs(
         for grads in (*tiles, *apart):
             states = [t for t in walks if grads.chunk % t.chunk == 0]
             states = states[: STATES_TRIED if grads.keep == 1 else 1]
-            values = [None] if dv else by_tile[:DV_TRIED]
+            values = [None] if dv else by_tile[: DV_BESIDE if chunks else DV_TRIED]
             found += [BackwardConfig(s, grads, v) for s in states for v in values]
     cut = [cut_backward(c, spec, problem.bucket, gpu) for c in found]
     legal = [c for c in cut if why_illegal(spec, c, gpu) is None and c != default]
     legal.sort(key=lambda c: (_grads_prior(c.grads, spec, gpu), c.slug))
-    return legal
+    # Whole as well: 4 heads of 32768 tokens take 2098 us so, and more in any segments.
+    at_once = [
+        cut
+        for whole in chunks
+        for cut in dict.fromkeys((whole, cut_backward(whole, spec, problem.bucket, gpu)))
+    ]
+    first = [c for c in at_once if why_illegal(spec, c, gpu) is None]
+    return [*first, *legal]
 
 
 def _scalar_forward_configs(
@@ -436,7 +490,7 @@ def space(problem: Problem, gpu: GpuSpec, effort: str = "standard", op: Op = Op.
         forward = _forward_configs(problem, gpu, default)
         configs = _quick_forward(forward, default) if effort == "quick" else forward
     else:
-        if isinstance(default, BackwardConfig):
+        if isinstance(default, BackwardConfig | ChunksBackwardConfig):
             configs = _backward_configs(problem, gpu, default)
         elif isinstance(default, ScalarForwardConfig):
             configs = _scalar_forward_configs(problem, gpu, default)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from glac.configs import BackwardConfig, Config, ScalarBackwardConfig
+from glac.configs import BackwardConfig, ChunksBackwardConfig, Config, ScalarBackwardConfig
 from glac.pack import Pack, PackRow
 from glac.problem import Gate, Op, Specialisation
 from glac.record import dataclass
@@ -66,6 +66,8 @@ def function_names(pack: Pack) -> dict[tuple[Specialisation, Config], str]:
 
 def why_left_out(row: PackRow) -> str:
     """Why a row has no C function, empty if it has one: results that are not all from kernels."""
+    if isinstance(row.config, ChunksBackwardConfig):
+        return "its launches are not written in C yet"
     if not isinstance(row.config, BackwardConfig | ScalarBackwardConfig):
         return ""
     if row.spec.gate is Gate.LOWRANK:

@@ -18,6 +18,7 @@ from glac.backward import run_backward
 from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
+    ChunksBackwardConfig,
     Config,
     ForwardConfig,
     PrepareKernelConfig,
@@ -268,6 +269,26 @@ def fitted(x: Inputs, cfg: BackwardConfig) -> BackwardConfig:
     )
 
 
+def chunks_config(
+    chunk: int = 32,
+    block_k: int = 16,
+    block_v: int = 16,
+    *,
+    walked: int = 16,
+    walk_v: int = 16,
+    tma: bool = False,
+    segment: int = 0,
+) -> ChunksBackwardConfig:
+    """``walked`` tokens are a chunk of the walks, ``walk_v`` values a tile of theirs."""
+    return ChunksBackwardConfig(
+        PrepareKernelConfig(walked, 16, 4, 2),
+        ChunkKernelConfig(walked, walk_v, 4, 2, tma),
+        TileKernelConfig(chunk, block_k, block_v, 4, 2),
+        ChunkKernelConfig(16, 16, 4, 2, tma),
+        segment,
+    )
+
+
 @dataclass(frozen=True)
 class _Watched:
     """A kernel that keeps a copy of the flags each of its launches leaves."""
@@ -312,7 +333,7 @@ def windows_of(chunks: int) -> AbstractContextManager[object]:
 
 def run_gradients(
     x: Inputs,
-    cfg: BackwardConfig,
+    cfg: BackwardConfig | ChunksBackwardConfig,
     do: Tensor,
     dht: Tensor | None = None,
     *,
@@ -327,7 +348,7 @@ def run_gradients(
     assert legal(x, cfg)
     plan = interpreted_plan(problem, cfg)
     flags: list[Tensor] = []
-    kernels = {**plan.kernels, "gla_bwd": _Watched(plan.kernels["gla_bwd"], flags)}
+    kernels = {**plan.kernels, cfg.main: _Watched(plan.kernels[cfg.main], flags)}
     with guarded():
         dq, dk, dv, gates, dstate = run_backward(
             replace(plan, kernels=kernels),
@@ -350,7 +371,7 @@ def run_gradients(
 
 def assert_gradients_right(
     x: Inputs,
-    cfg: BackwardConfig,
+    cfg: BackwardConfig | ChunksBackwardConfig,
     *,
     seed: int = 0,
     end: bool = True,

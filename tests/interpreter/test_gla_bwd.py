@@ -344,7 +344,7 @@ def out_of_range(monkeypatch: pytest.MonkeyPatch, start: float, midpoint: float)
     for kernel in ("gla_bwd", "gla_bwd_dv"):
         module = importlib.import_module(f"{folder}.{kernel}")
         monkeypatch.setattr(module, "START_RANGE_LOG2", constexpr(start))
-    for kernel in ("gla_bwd_exact", "_exact"):
+    for kernel in ("_bwd_exact", "_exact"):
         module = importlib.import_module(f"{folder}.{kernel}")
         monkeypatch.setattr(module, "MIDPOINT_RANGE_LOG2", constexpr(midpoint))
 

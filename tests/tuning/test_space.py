@@ -10,6 +10,7 @@ import pytest
 
 from glac.configs import (
     BackwardConfig,
+    ChunksBackwardConfig,
     ForwardConfig,
     default_config,
     is_legal,
@@ -42,6 +43,11 @@ ODD = tuple(
 def forward(problem: Problem, gpu: str = "h100") -> list[ForwardConfig]:
     found = space(problem, GPUS[gpu]).configs
     return [config for config in found if isinstance(config, ForwardConfig)]
+
+
+def at_once(problem: Problem, gpu: str = "h100") -> list[ChunksBackwardConfig]:
+    configs = space(problem, GPUS[gpu], op=Op.BACKWARD).configs
+    return [c for c in configs if isinstance(c, ChunksBackwardConfig)]
 
 
 def backward(problem: Problem, gpu: str = "h100") -> list[BackwardConfig]:
@@ -84,7 +90,7 @@ def test_standard_problems_can_be_tried_whole(problem: Problem) -> None:
 @pytest.mark.parametrize("problem", STANDARD, ids=str)
 def test_backward_can_be_tried_whole(problem: Problem) -> None:
     found = backward(problem)
-    assert 60 <= len(found) <= EXHAUSTIVE
+    assert 60 <= len(found) <= EXHAUSTIVE - len(at_once(problem))
     # Few kernels, combined: a kernel costs far more to compile than a combination to time.
     kernels = {k for c in found for k in config_kernels(problem.spec, c, "sm_90a")}
     assert len(kernels) <= 40
@@ -113,6 +119,21 @@ def test_prepared_passes_only_where_a_head_has_several_tiles() -> None:
     assert not any(c.prepare for c in forward(wide, "a100"))
     half = make_problem((8, 2048, 4, 128, 256), dtype=DType.FP16)
     assert not any(c.prepare for c in forward(half))
+
+
+def test_chunks_at_once_where_walks_repeat_themselves() -> None:
+    wide, square = make_problem((8, 2048, 4, 128, 256)), make_problem((8, 2048, 4, 128, 128))
+    assert {c.walks.chunk for c in at_once(wide)} == {32, 64}
+    assert {c.chunks.block_k for c in at_once(wide)} == {64, 128}
+    assert not at_once(square)
+    assert at_once(make_problem((8, 2048, 4, 128, 128), Gate.LOWRANK, 16))
+    assert not at_once(make_problem((8, 2048, 4, 64, 64), Gate.LOWRANK, 16))
+    assert not at_once(wide, "a100")
+    assert not at_once(make_problem((8, 2048, 4, 128, 256), dtype=DType.FP16))
+    long = at_once(make_problem((1, 32768, 4, 256, 512)))
+    assert {c.segment for c in long} == {0, 8192, 16384}  # by how many tiles share a head
+    kernels = {k for c in long for k in config_kernels(wide.spec, c, "sm_90a")}
+    assert len(kernels) <= 20
 
 
 def test_segments_only_where_programs_are_few() -> None:

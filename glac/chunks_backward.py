@@ -1,0 +1,171 @@
+"""Run a backward config that makes the gradients of all chunks at once.
+
+    gla_prepare            scaled tiles and scores of each chunk, as for the forward pass
+    gla_bwd_walks          the state before each chunk, its gradient behind it, and dv
+    gla_bwd_walks_exact    again, where gates left the range of prepared chunks
+    gla_bwd_chunks         dq, dk and the gate's gradient of each chunk
+    gla_bwd_chunks_exact   again, where gates left the range of that kernel
+
+Before them, where the heads are too few for the GPU or the batch is packed, the state before each
+segment and the gradient behind it, by ``gla_states`` and ``gla_combine`` as in ``glac.backward``.
+
+A walk has nothing to do but products with states, and gradients come out complete, however many
+tiles V has. The price is memory for a state and its gradient for each chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from glac.backward import Cut, gradient_parts, packed_cut, summed
+from glac.configs import ChunksBackwardConfig
+from glac.gate import GateInput, Gradients
+from glac.plan import Plan, gate_arguments, segment_states, segments_of, strides
+from glac.problem import Gate, Problem
+from glac.templates import state_dtype, stride_unit, tiles
+
+if TYPE_CHECKING:
+    # What follows imports it where it runs: `cut_chunks` is asked where there may be none.
+    import torch
+    from torch import Tensor
+
+
+def cut_chunks(problem: Problem, config: ChunksBackwardConfig) -> Cut:
+    """How the backward pass of ``problem`` goes through its sequences: all segments at once."""
+    if problem.packed:
+        segments, length = packed_cut(problem, config)
+    else:
+        segments, length = segments_of(problem, config.segment)
+    return Cut(segments, length, segments, False)
+
+
+def segment_chunks(problem: Problem, config: ChunksBackwardConfig) -> int:
+    """Chunks of a segment, for each of which there is a state."""
+    return math.ceil(min(cut_chunks(problem, config).length, problem.T) / config.chunks.chunk)
+
+
+def kept_bytes(problem: Problem, config: ChunksBackwardConfig) -> int:
+    """Bytes of states before chunks and of their gradients behind them."""
+    spec = problem.spec
+    slots = cut_chunks(problem, config).segments * segment_chunks(problem, config)
+    states = problem.B * (problem.state_heads + problem.H) * slots
+    return states * spec.K * spec.V * state_dtype(spec).itemsize
+
+
+def run_chunks_backward(
+    plan: Plan[ChunksBackwardConfig],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: GateInput,
+    scale: float,
+    initial_state: Tensor | None,
+    do: Tensor,
+    dht: Tensor | None,
+    *,
+    dh0: bool,
+    cu: Tensor | None = None,
+) -> Gradients:
+    """Launch a backward pass, with what ``glac.backward.run_backward`` takes and returns."""
+    import torch
+
+    from glac.forward import prepare
+    from glac.validate import TORCH_DTYPES
+
+    problem, config = plan.problem, plan.config
+    spec = problem.spec
+    B, T, H, K, V = problem.B, problem.T, problem.H, spec.K, spec.V
+    N, state_heads = problem.sequences, problem.state_heads
+    way, slots = cut_chunks(problem, config), segment_chunks(problem, config)
+    segments, length = way.segments, way.length
+    chunk = config.chunks.chunk
+    args = gate_arguments(gate, spec)
+    unit_k, unit_v = stride_unit(K), stride_unit(V)
+    groups = (problem.q_group, problem.k_group, problem.s_group)
+    packed = int(cu is not None)
+
+    def memory(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=q.device)
+
+    starts = ends = None
+    if segments > 1 or packed:
+        at = (segments, length)
+        starts = segment_states(
+            plan, k, v, gate, initial_state, cu, segments=at, summary=config.states,
+            heads=state_heads, k_group=problem.k_group // problem.s_group,
+        )  # fmt: skip
+        ends = segment_states(
+            plan, q, do, gate, dht, cu, segments=at, summary=config.states, heads=H,
+            k_group=problem.q_group, g_group=problem.s_group, out_scale=scale, reverse=True,
+        )  # fmt: skip
+    kept = TORCH_DTYPES[state_dtype(spec)]
+    states = memory(B, state_heads, segments * slots, K, V, dtype=kept)
+    dstates = memory(B, H, segments * slots, K, V, dtype=kept)
+    dv = gradient_parts(B, T, H, v, 1)
+    start_grads = memory(N, H, K, V) if dh0 else None
+    stride = (
+        *(*strides(q, unit_k), *strides(k, unit_k), *strides(v, unit_v), *strides(do, unit_v)),
+        *args.strides,
+    )
+    made = prepare(plan, config.prepare, q, k, gate, scale, cu)
+    walked = (
+        *(q, k, v, *gate.tensors, do, cu, initial_state, starts, dht, ends, made.qs, made.ks),
+        *(made.scores, made.ends, made.flags, states, dstates, dv, start_grads),
+    )
+    how = (
+        *(scale, *args.scalars, T, N, H, segments, length, made.slots, chunk, slots, *groups),
+        *(packed, int(initial_state is not None), int(dht is not None), int(dh0)),
+        *(*args.flag, *stride),
+    )
+    for name in ("gla_bwd_walks", "gla_bwd_walks_exact"):
+        plan.kernels[name].run(walked, how, tiles(name, spec, config.walks) * segments * B * H)
+
+    k_tiles = tiles("gla_bwd_chunks", spec, config.chunks)
+    programs = k_tiles * slots * segments * B * H
+    dq, dk = gradient_parts(B, T, H, q, 1), gradient_parts(B, T, H, k, 1)
+    gate_grads: tuple[Tensor, ...]
+    if gate.lowrank:
+        gate_grads = (
+            memory(B, H * k_tiles, T, spec.rank),
+            memory(B, segments * slots, H * K, spec.rank),
+            memory(B, segments * slots, H * K),
+        )
+    else:
+        assert gate.tensors[0] is not None
+        gate_grads = (gradient_parts(B, T, H, gate.tensors[0], 1),)
+    tensors = (
+        *(q, k, v, *gate.tensors, do, cu, states, dstates, dq, dk, *gate_grads),
+        memory(programs, dtype=torch.int32),
+    )
+    scalars = (
+        *(scale, *args.scalars, T, N, H, segments, length, slots, *groups, packed),
+        *(*args.flag, *stride),
+    )
+    plan.kernels["gla_bwd_chunks"].run(tensors, scalars, programs)
+    plan.kernels["gla_bwd_chunks_exact"].run(tensors, scalars, programs)
+
+    if start_grads is not None and problem.s_group > 1:
+        start_grads = start_grads.view(N, state_heads, problem.s_group, K, V).sum(2)
+    return (
+        summed(dq, q.shape[2]),
+        summed(dk, k.shape[2]),
+        summed(dv, state_heads),
+        _gate_gradients(gate, gate_grads, problem),
+        start_grads,
+    )
+
+
+def _gate_gradients(
+    gate: GateInput, made: tuple[Tensor, ...], problem: Problem
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the gate's tensors, from those per head and part."""
+    if problem.spec.gate is not Gate.LOWRANK:
+        return (summed(made[0], problem.state_heads),)
+    dx, dw, db = made
+    x, rank = gate.tensors[0], problem.spec.rank
+    assert x is not None
+    wide = (problem.state_heads, problem.s_group, problem.spec.K)
+    dw = dw.sum((0, 1)).view(*wide, rank).sum(1).view(-1, rank)
+    db = db.sum((0, 1)).view(wide).sum(1).view(-1)
+    return dx.sum(1).to(x.dtype), dw, None if gate.tensors[2] is None else db
