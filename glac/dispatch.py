@@ -289,8 +289,9 @@ MOST_KEPT = 1.5
 def _keeps_too_much(config: ChunksBackwardConfig, problem: Problem, gpu: GpuSpec) -> bool:
     """Whether states of all chunks take more memory than a problem should need.
 
-    At 8,2048,4,256,512 they are 512 MiB, 1.3 times the tensors of the pass and as much as the parts
-    of gradients that they spare. Where somebody allows less memory than by default, less it is.
+    At 8,2048,4,256,512 they are 512 MiB, 1.3 times the tensors of the pass and as much as the
+    parts of gradients that they spare. Where somebody allows less memory than by default, less it
+    is.
     """
     from glac.chunks_backward import kept_bytes
 

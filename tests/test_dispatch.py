@@ -16,10 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glac import dispatch
+from glac.chunks_backward import kept_bytes
 from glac.configs import (
     ChunkKernelConfig,
+    ChunksBackwardConfig,
     Config,
     ForwardConfig,
+    PrepareKernelConfig,
+    TileKernelConfig,
     default_backward,
     default_forward,
     packed_segment,
@@ -173,6 +177,35 @@ def test_states_are_found_again_only_where_that_spares_windows(
     monkeypatch.setenv("GLAC_SCRATCH_MIB", "256")
     assert best(fits) is rows[1]  # every chunk's states fit
     assert best(many) is rows[0]
+
+
+def test_chunks_at_once_only_with_memory_for_their_states(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = replace(SPEC, K=128, V=256)
+    tile = ChunkKernelConfig(32, 64, 4, 3)
+    once = ChunksBackwardConfig(
+        PrepareKernelConfig(32, 64, 2, 2), tile, TileKernelConfig(64, 64, 64, 4, 3), tile
+    )
+    walking = default_backward(spec, H100, Bucket(8, 11))
+    rows = [row(5, 11, spec=spec, config=once), row(8, 11, spec=spec, config=walking)]
+
+    def best(problem: Problem) -> PackRow | None:
+        return dispatch.best_row(rows, problem, H100, Op.BACKWARD)
+
+    few = Problem(spec, 8, 2048, 4)
+    # 128 MiB of states, and of their gradients, are less than all tensors of the pass.
+    assert kept_bytes(few, once) == 128 << 20
+    assert best(few) is rows[0]
+    # In fp16 they would be four bytes each.
+    wide = replace(spec, dtype=DType.FP16, gate_dtype=DType.FP16, K=256, V=512)
+    others = [replace(r, spec=wide) for r in rows]
+    problem = Problem(wide, 8, 2048, 4)
+    assert dispatch.best_row(others, problem, H100, Op.BACKWARD) is others[1]
+    monkeypatch.setenv("GLAC_SCRATCH_MIB", "64")
+    assert best(few) is rows[1]
+    monkeypatch.setenv("GLAC_SCRATCH_MIB", "2048")
+    assert dispatch.best_row(others, problem, H100, Op.BACKWARD) is others[0]
 
 
 ROWS = st.builds(

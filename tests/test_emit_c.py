@@ -27,6 +27,7 @@ from glac.backward import run_backward
 from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
+    ChunksBackwardConfig,
     Config,
     DecodeConfig,
     DecodeKernelConfig,
@@ -70,6 +71,9 @@ ONE_NUMBER_IN_TILES = ScalarBackwardConfig(CHUNK, None, TileKernelConfig(32, 32,
 BACK = BackwardConfig(CHUNK, TileKernelConfig(32, 64, 64, 4, 2, dv=True))
 BACK_CUT = BackwardConfig(CHUNK, TileKernelConfig(32, 32, 64, 4, 2, keep=2), CHUNK, 64)
 BACK_IN_TILES = BackwardConfig(CHUNK, TileKernelConfig(32, 32, 16, 4, 2), CHUNK)
+AT_ONCE = ChunksBackwardConfig(
+    PrepareKernelConfig(32, 16, 4, 2), CHUNK, TileKernelConfig(64, 32, 16, 4, 2), CHUNK
+)
 DECODE = DecodeConfig(DecodeKernelConfig(block_v=16, num_warps=2))
 BASE = 1 << 40
 """Where workspaces are said to be."""
@@ -174,6 +178,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
         PackRow.make("h100", "tuned", "", DENSE, Bucket(5, 13), BACK_CUT),
         PackRow.make("h100", "tuned", "", LOWRANK, Bucket(5, 9), BACK),
         PackRow.make("h100", "tuned", "", DENSE, Bucket(7, 9), BACK_IN_TILES),
+        PackRow.make("h100", "tuned", "", DENSE, Bucket(8, 9), AT_ONCE),
         *(
             PackRow.make("h100", "heuristic", "", spec, Bucket(9, bucket), DECODE)
             for spec in (DENSE, LOWRANK, SCALAR)
@@ -209,6 +214,7 @@ def test_rows_whose_results_pytorch_adds_up_have_no_function(pack: Pack) -> None
     assert [(row.spec, row.config, reason) for row, reason in left_out(pack)] == [
         (LOWRANK, BACK, "PyTorch sums up the gradients of a low-rank gate from parts"),
         (DENSE, BACK_IN_TILES, "PyTorch adds up gradients of 3 tiles of V"),
+        (DENSE, AT_ONCE, "its launches are not written in C yet"),
         (SCALAR, ONE_NUMBER_IN_TILES, "PyTorch adds up gradients of 3 tiles of V"),
     ]
 

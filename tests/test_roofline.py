@@ -23,6 +23,7 @@ from glac.cli import cli
 from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
+    ChunksBackwardConfig,
     ForwardConfig,
     PrepareKernelConfig,
     TileKernelConfig,
@@ -201,6 +202,28 @@ def test_states_kept_apart_take_less_memory_and_more_work() -> None:
     assert two["gla_states"].bytes < one["gla_states"].bytes - saved
     assert two["gla_bwd"].flops > one["gla_bwd"].flops
     assert two["gla_bwd"].exps > one["gla_bwd"].exps
+
+
+def test_chunks_at_once_make_each_gradient_once() -> None:
+    wide = make_problem((8, 2048, 4, 256, 512))
+    tile = TileKernelConfig(64, 64, 64, 4, 3)
+    walk = ChunkKernelConfig(32, 128, 8, 3)
+    once = ChunksBackwardConfig(PrepareKernelConfig(32, 64, 2, 2), walk, tile, walk)
+    prepare, walks, again, chunks, exact = kernel_work(wide, once, H200)
+    assert [k.template for k in (again, exact)] == ["gla_bwd_walks_exact", "gla_bwd_chunks_exact"]
+    tokens, states = 8 * 2048 * 4, 2 * 8 * 4 * 32 * 256 * 512 * 2
+    assert kept_states_bytes(wide, once) == states
+    assert (prepare.programs, prepare.steps) == (32 * 64, 1)
+    assert (walks.programs, walks.steps) == (2 * 4 * 32, 64)
+    # Three scaled tiles and scores; v, do and dv; a state and its gradient for each chunk.
+    assert walks.bytes == tokens * 2 * (3 * 256 + 32 + 3 * 512) + states
+    assert (chunks.programs, chunks.steps) == (4 * 32 * 32, 1)
+    # q, k, gate and their gradients; v and do; the states again.
+    assert chunks.bytes == tokens * 2 * (6 * 256 + 2 * 512) + states
+    cut_twice = replace(once, segment=1024)
+    names = [kernel.template for kernel in kernel_work(wide, cut_twice, H200)]
+    assert names[:4] == ["gla_states", "gla_combine"] * 2
+    assert kept_states_bytes(wide, cut_twice) == states + 2 * 2 * 32 * 256 * 512 * 4
 
 
 def test_grouped_heads_move_less() -> None:

@@ -10,7 +10,14 @@ import pytest
 
 from glac.build import build_packs
 from glac.compile import PINNED_PTXAS, compile_many, toolchain
-from glac.configs import BackwardConfig, Config, ForwardConfig, default_config, why_illegal
+from glac.configs import (
+    BackwardConfig,
+    ChunksBackwardConfig,
+    Config,
+    ForwardConfig,
+    default_config,
+    why_illegal,
+)
 from glac.errors import GlacError
 from glac.gpus import GPUS
 from glac.kernelspec import config_kernels
@@ -42,7 +49,7 @@ def kernels_but_segments(row: TunedRow) -> tuple[Op, int, int, Config]:
     config = row.config
     if isinstance(config, ForwardConfig):
         config = replace(config, segment=0, summary=None)
-    if isinstance(config, BackwardConfig):
+    if isinstance(config, BackwardConfig | ChunksBackwardConfig):
         config = replace(config, segment=0)
     return row.op, row.spec.K, row.spec.V, config
 

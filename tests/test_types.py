@@ -25,6 +25,7 @@ from glac.configs import (
     WARPS,
     BackwardConfig,
     ChunkKernelConfig,
+    ChunksBackwardConfig,
     CombineKernelConfig,
     Config,
     DecodeConfig,
@@ -147,6 +148,7 @@ BACKWARD_CONFIGS = st.builds(
 ALL_CONFIGS = (
     FORWARD_CONFIGS
     | BACKWARD_CONFIGS
+    | st.builds(ChunksBackwardConfig, PREPARE_CONFIGS, CHUNK_CONFIGS, TILE_CONFIGS, CHUNK_CONFIGS)
     | st.builds(ScalarForwardConfig, TURNED_CONFIGS)
     | st.builds(
         ScalarBackwardConfig, CHUNK_CONFIGS, CHUNK_CONFIGS, st.none(), st.none() | CHUNK_CONFIGS
@@ -165,6 +167,9 @@ BACKWARD = BackwardConfig(
     states=ChunkKernelConfig(16, 128, 8, 3),
     grads=TileKernelConfig(32, 64, 128, 4, 3),
     dv=ChunkKernelConfig(32, 128, 8, 3),
+)
+AT_ONCE = ChunksBackwardConfig(
+    PREPARE, ChunkKernelConfig(32, 64, 4, 3), TileKernelConfig(64, 64, 64, 4, 3), CONFIG.fwd
 )
 H100 = GPUS["h100"]
 
@@ -201,6 +206,7 @@ STRICT: list[tuple[Any, Any]] = [
     (ForwardConfig, CONFIG),
     (ForwardConfig, PREPARED),
     (BackwardConfig, BACKWARD),
+    (ChunksBackwardConfig, AT_ONCE),
     (KernelSpec, KernelSpec("gla_fwd", SPEC, CONFIG.fwd, "sm_90a")),
     (KernelSpec, KernelSpec("gla_bwd", SPEC, BACKWARD.grads, "sm_90a")),
 ]
@@ -217,8 +223,12 @@ MAY_BE_MISSING = {
 def test_from_dict_is_strict(case: tuple[Any, Any], data: st.DataObject) -> None:
     cls, value = case
     good = value.to_dict()
-    # Forward configs and specialisations are older than these keys, and usually without them.
-    optional = {(ForwardConfig, "prepare"), (Specialisation, "precision")}
+    # These are older than such keys, and usually without them.
+    optional = {
+        (ForwardConfig, "prepare"),
+        (Specialisation, "precision"),
+        (TileKernelConfig, "keep"),
+    }
     keys = [field.name for field in fields(cls) if (cls, field.name) not in optional]
     key = data.draw(st.sampled_from(keys))
     without = {k: v for k, v in good.items() if k != key}
@@ -457,6 +467,41 @@ def test_descriptors_need_hopper_and_whole_rows() -> None:
     assert "grads.tma needs" in str(why_illegal(SPEC, backward, GPUS["a100"]))
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"chunks": TileKernelConfig(64, 64, 64, 4, 3, tma=True)}, "kernels that walk"),
+        ({"chunks": TileKernelConfig(64, 64, 64, 4, 3, dv=True)}, "kernels that walk"),
+        ({"chunks": TileKernelConfig(64, 64, 64, 4, 3, keep=2)}, "kernels that walk"),
+        ({"chunks": TileKernelConfig(64, 256, 64, 4, 3)}, "chunks.block_k 256 exceeds"),
+        ({"chunks": TileKernelConfig(16, 64, 64, 4, 3)}, "multiple of walks.chunk 32"),
+        ({"walks": ChunkKernelConfig(16, 64, 4, 3)}, "walks.chunk must be prepare.chunk 32"),
+        ({"segment": 96}, "segment must be a positive multiple of 64"),
+    ],
+)
+def test_chunks_at_once_are_checked(changes: dict[str, Any], reason: str) -> None:
+    assert is_legal(SPEC, AT_ONCE, H100)
+    assert is_legal(SPEC, replace(AT_ONCE, segment=128), H100)
+    assert reason in str(why_illegal(SPEC, replace(AT_ONCE, **changes), H100))
+
+
+def test_parts_of_chunks_at_once_stay_legal() -> None:
+    """What the build does where a kernel does not fit: walked chunks change together."""
+    for part, kernel in (
+        ("walks", ChunkKernelConfig(16, 64, 4, 3)),
+        ("prepare", PrepareKernelConfig(16, 64, 4, 2)),
+        ("chunks", TileKernelConfig(16, 64, 64, 4, 3)),
+    ):
+        changed = AT_ONCE.with_part(part, kernel)
+        assert is_legal(SPEC, changed, H100)
+        assert changed.walks.chunk == changed.prepare.chunk == 16
+        assert getattr(changed, part) == kernel
+    exact = AT_ONCE.kernels()["gla_bwd_chunks_exact"]
+    assert exact == ExactKernelConfig(64, 64, 64, 4)
+    walks = AT_ONCE.kernels()["gla_bwd_walks_exact"]
+    assert tiles("gla_bwd_walks", SPEC, AT_ONCE.walks) == tiles("gla_bwd_walks_exact", SPEC, walks)
+
+
 def test_shared_memory_differs_between_gpus() -> None:
     spec = Specialisation(256, 256, DType.BF16, Gate.VECTOR, DType.BF16)
     config = ForwardConfig(ChunkKernelConfig(64, 64, 8, 3))
@@ -470,7 +515,7 @@ def test_default_is_legal(op: Op, spec: Specialisation, gpu: str, bucket: Bucket
     hypothesis.assume(op.serves(spec.gate))
     config = default_config(op, spec, GPUS[gpu], bucket)
     assert config.op is op
-    assert isinstance(config, CONFIGS[op])
+    assert isinstance(config, CONFIGS[op][0])
     assert why_illegal(spec, config, GPUS[gpu]) is None
 
 
@@ -623,6 +668,10 @@ def test_tiles_cover_what_a_kernel_computes() -> None:
     assert tiles("gla_bwd", spec, _tile(block_k=64, block_v=32)) == 2 * 3
     assert tiles("gla_bwd_exact", spec, ExactKernelConfig(16, 32, 64, 4)) == 4 * 2
     assert tiles("gla_bwd_dv", spec, _chunk(block_v=64)) == 2
+    assert tiles("gla_bwd_walks", spec, _chunk(block_v=64)) == 2 * 2  # forward and back
+    assert tiles("gla_bwd_walks_exact", spec, _chunk(block_v=64)) == 2 * 2
+    assert tiles("gla_bwd_chunks", spec, _tile(block_k=64, block_v=32)) == 2
+    assert tiles("gla_bwd_chunks_exact", spec, ExactKernelConfig(64, 32, 64, 4)) == 4
     assert constants("gla_bwd", spec, _tile(block_k=64))["BK"] == 64
     assert constants("gla_states", spec, _chunk())["BK"] == 128
 
