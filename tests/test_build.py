@@ -321,7 +321,7 @@ def test_backward_heuristics_step_down(
     # Stages, then chunk and with it that of the states, then columns of V; K is cut last.
     assert row.config == replace(
         default,
-        states=replace(default.states, chunk=16),
+        states=replace(default.states, chunk=16) if default.states else None,
         grads=replace(default.grads, num_stages=1, chunk=16, block_v=32),
     )
     assert is_legal(problem.spec, row.config, GPUS["h100"])

@@ -291,7 +291,10 @@ def test_every_row_of_the_packs(packed: Packed) -> None:
     for pack, row in packed.rows(Op.BACKWARD):
         assert isinstance(row.config, BackwardConfig)
         chunk = row.config.grads.chunk
-        for tokens in (1, chunk, chunk + 1, 3 * chunk + 9):
+        lengths = [1, chunk, chunk + 1, 3 * chunk + 9]
+        if row.config.states is None:  # programs walk to their segments
+            lengths.append(2 * row.config.segment + 33)
+        for tokens in lengths:
             x = row_inputs(row, 2, tokens, 3, packed.device)
             for kind, case in (("mild", x), ("partly hard", partly_hard(x))):
                 where = f"{row.spec.slug} {row.config.slug} T={tokens} {kind}"
@@ -328,7 +331,9 @@ def test_repeats_of_every_row_are_bit_equal(packed: Packed) -> None:
     """Forward and backward a thousand times."""
     failures = []
     for pack, row in packed.rows(Op.BACKWARD):
-        x = partly_hard(row_inputs(row, 2, 300, 4, packed.device))
+        assert isinstance(row.config, BackwardConfig)
+        tokens = 300 if row.config.states else 2 * row.config.segment + 33
+        x = partly_hard(row_inputs(row, 2, tokens, 4, packed.device))
         do, dht = ends_of(x)
 
         def run(
