@@ -1053,6 +1053,18 @@ def leads(config: Config) -> bool:
     return isinstance(config, BackwardConfig) and config.grads.lead > 0
 
 
+def without_way(config: Config, spec: Specialisation, gpu: GpuSpec) -> Config:
+    """The same tiles for whole sequences, if programs walk to their segments; else ``config``."""
+    if isinstance(config, ForwardConfig) and leads(config):
+        return ForwardConfig(replace(config.fwd, lead=0))
+    if isinstance(config, BackwardConfig) and leads(config):
+        grads = replace(config.grads, lead=0)
+        walk = _walking_kernel(spec, gpu)
+        states = replace(walk, chunk=min(walk.chunk, grads.chunk), tma=grads.tma)
+        return BackwardConfig(states, grads, config.dv)
+    return config
+
+
 def suited(
     config: Config,
     spec: Specialisation,
