@@ -828,3 +828,30 @@ def test_first_backward_of_a_process(packed: Packed, gate: str) -> None:
     result = json.loads(done.stdout)
     assert result["provider"] == "pack"
     assert result["finite"]
+
+
+# --- programs that walk to their segments ------------------------------------------------------
+
+
+@EVERY_GATE
+@pytest.mark.parametrize("tokens", [800, 1024, 1400])
+@pytest.mark.parametrize("kind", ["mild", "partly hard"])
+def test_few_heads_of_short_sequences(packed: Packed, gate: str, tokens: int, kind: str) -> None:
+    """Sizes whose rows, where tuned, have programs that walk to their segments themselves."""
+    x = packed.draw(5, tokens, 11, 64, 64, gate=gate, initial_state=True, backward=True)
+    x = partly_hard(x) if kind == "partly hard" else x
+    do, dht = ends_of(x)
+    got = gradients(x, do, dht)
+    reason = why_wrong(x, got, do, dht)
+    assert not reason, reason
+    for _ in range(3):  # the short way from the second call on
+        assert_same_bits(got, gradients(x, do, dht))
+    leaves = leaves_of(x, ())
+    o, _ = call(leaves)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again, _ = call(leaves)
+    again.zero_()
+    graph.replay()
+    assert torch.equal(bits(again), bits(o))
+    assert torch.equal(bits(o), bits(got["o"]))
