@@ -102,7 +102,7 @@ LEADS = (
 """Chunk, also on the way to a segment; V tiles; stages; descriptors: measured on an H100."""
 LEAD_SPLITS = (8, 10, 11)
 """Sixteenths of a sequence that the first segment has, whose program has no way to go."""
-LEAD_GRADS_SPLITS = (4, 6, 8)
+LEAD_GRADS_SPLITS = (4, 8)
 """The same backward, where every program walks through the whole sequence."""
 SMALLEST_SEGMENT = 256
 LONG_SEQUENCE = 8192
@@ -225,16 +225,13 @@ def _segment_lengths(problem: Problem, gpu: GpuSpec) -> list[int]:
 def _leading(problem: Problem, gpu: GpuSpec) -> bool:
     """Whether programs that walk to their segments are worth a try.
 
-    Measured on an H100 at 64 heads: at 1024 and 2048 tokens of 64 channels they win, forward and
-    backward, at 2048 tokens of 128 channels they are level. What each walks grows with T.
+    Measured on an H100: at 32 and 64 heads, 1024 and 2048 tokens, 64 and 128 channels they win.
+    What each walks grows with T.
     """
-    heads = problem.B * problem.H
     spec = problem.spec
-    few = 2 * heads <= gpu.sm_count
+    few = gpu.sm_count >= 2 * problem.B * problem.H and padded_k(spec) <= 128
     hopper = spec.dtype is DType.BF16 and gpu.capability >= (9, 0)
-    # Wider values gain more from chunks that are prepared once for all tiles of V.
-    narrow = padded_k(spec) <= 128 and spec.V < 2 * spec.K
-    return few and hopper and narrow and SMALLEST_SEGMENT <= problem.T <= LEAD_LONGEST
+    return few and hopper and SMALLEST_SEGMENT <= problem.T <= LEAD_LONGEST
 
 
 def _split(problem: Problem, step: int, sixteenths: Sequence[int]) -> list[int]:
@@ -245,9 +242,10 @@ def _split(problem: Problem, step: int, sixteenths: Sequence[int]) -> list[int]:
 
 def _lead_configs(problem: Problem, gpu: GpuSpec) -> list[ForwardConfig]:
     """Programs that walk to their segments, each with all of V or half of it."""
-    if not _leading(problem, gpu):
-        return []
     spec = problem.spec
+    # Wider values gain more from chunks that are prepared once for all tiles of V.
+    if not _leading(problem, gpu) or spec.V >= 2 * spec.K:
+        return []
     whole = min(padded_v(spec), 128)
     warps = 8 if whole * padded_k(spec) > 64 * 64 else 4
     tiles = [
@@ -263,17 +261,24 @@ def _lead_configs(problem: Problem, gpu: GpuSpec) -> list[ForwardConfig]:
 
 
 def _lead_gradients(
-    problem: Problem, gpu: GpuSpec, tiles: Sequence[TileKernelConfig]
+    problem: Problem,
+    gpu: GpuSpec,
+    tiles: Sequence[TileKernelConfig],
+    values: Sequence[ChunkKernelConfig | None],
 ) -> list[BackwardConfig]:
-    """The best tiles of gradients with dv, with the way to each segment."""
+    """The best tiles of gradients with the way to each segment, and kernels for dv beside them.
+
+    On an H100 dv apart won with a low-rank gate at 128 channels, and nowhere else.
+    """
     if not _leading(problem, gpu):
         return []
+    leading = [tile for tile in tiles if tile.tma and tile.chunk >= 32]
     found = [
-        BackwardConfig(None, replace(tile, lead=lead), None, length)
-        for tile in tiles
-        if tile.dv and tile.tma and tile.chunk >= 32
+        BackwardConfig(None, replace(tile, lead=lead), dv, length)
+        for tile in (leading if values == [None] else leading[:1])
         for lead in (tile.chunk, 2 * tile.chunk)
-        for length in _split(problem, lead, LEAD_GRADS_SPLITS)
+        for dv in values
+        for length in _split(problem, lead, LEAD_GRADS_SPLITS if dv is None else (8,))
     ]
     return [config for config in found if why_illegal(problem.spec, config, gpu) is None]
 
@@ -402,7 +407,8 @@ def _backward_configs(
     walks = [t for t in _walks(spec, gpu) if t.block_v <= padded_v(spec)]
     # For the values' gradient every tile once: which one wins changes with the number of heads.
     by_tile = _by_tile(walks)
-    found = []
+    found: list[BackwardConfig] = []
+    leading: list[BackwardConfig] = []
     for dv in (False, True):
         tiles = _grads_tiles(spec, gpu, dv)
         # The state that is walked again lives beside the state's gradient.
@@ -411,14 +417,16 @@ def _backward_configs(
             for t in tiles
             if t.block_k * t.block_v // (32 * t.num_warps) <= room and (t.num_warps == 4 or not dv)
         ]
-        apart = [replace(tile, keep=keep) for tile in roomy[:1] for keep in KEEPS_TRIED]
+        # It spares windows, which few heads and short sequences do not have.
+        keeps = () if _leading(problem, gpu) else KEEPS_TRIED
+        apart = [replace(tile, keep=keep) for tile in roomy[:1] for keep in keeps]
         for grads in (*tiles, *apart):
             states = [t for t in walks if grads.chunk % t.chunk == 0]
             states = states[: STATES_TRIED if grads.keep == 1 else 1]
             values = [None] if dv else by_tile[:DV_TRIED]
             found += [BackwardConfig(s, grads, v) for s in states for v in values]
-    cut = [cut_backward(c, spec, problem.bucket, gpu) for c in found]
-    cut += _lead_gradients(problem, gpu, tiles)
+        leading += _lead_gradients(problem, gpu, tiles, [None] if dv else by_tile[:2])
+    cut = [cut_backward(c, spec, problem.bucket, gpu) for c in found] + leading
     legal = [c for c in cut if why_illegal(spec, c, gpu) is None and c != default]
     legal.sort(key=lambda c: (_grads_prior(c.grads, spec, gpu), c.slug))
     return legal

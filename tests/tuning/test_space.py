@@ -112,8 +112,10 @@ def test_backward_can_be_tried_whole(problem: Problem) -> None:
         assert {c.dv is None for c in found} == {True, False}
     assert any(c.grads.tma for c in found)
     assert not any(c.grads.tma or (c.states and c.states.tma) for c in backward(problem, "a100"))
-    assert {c.grads.keep for c in found} == {c.grads.keep for c in backward(problem, "a100")}
-    assert {c.grads.keep for c in found} == {1, *KEEPS_TRIED}
+    assert {c.grads.keep for c in backward(problem, "a100")} == {1, *KEEPS_TRIED}
+    # Where programs walk to their segments there are no windows to spare.
+    keeps = () if any(c.grads.lead for c in found) else KEEPS_TRIED
+    assert {c.grads.keep for c in found} == {1, *keeps}
 
 
 def test_backward_candidates_fill_the_gpu_with_segments() -> None:
