@@ -14,7 +14,12 @@ that are walked at once. The state before each and the gradient of the one behin
     gla_states, gla_combine      the same for the state's gradient, back in time
     gla_states, gla_bwd, gla_bwd_exact, for a few segments at a time
 
-In both cases ``gla_bwd_dv`` makes dv, where gla_bwd does not. ``ChunksBackwardConfig`` is another
+Or, for short sequences, programs of ``gla_bwd`` walk to their segments from both ends of the
+sequence, and nothing comes first:
+
+    gla_bwd, gla_bwd_exact
+
+In all cases ``gla_bwd_dv`` makes dv, where gla_bwd does not. ``ChunksBackwardConfig`` is another
 way, in ``glac.chunks_backward``. The forward pass saves nothing but its inputs.
 """
 
@@ -98,7 +103,7 @@ def cut(problem: Problem, config: BackwardConfig) -> Cut:
         segments, length = packed_cut(problem, config)
     else:
         segments, length = segments_of(problem, config.segment)
-        if segments == 1:
+        if segments == 1 and config.states is not None:
             count, window = windows(problem, config)
             return Cut(count, window, 1, True)
     spec, grads = problem.spec, config.grads
@@ -218,6 +223,8 @@ def run_backward(
         ends = starts.view(-1)[K * V :]
         if state_heads != H:
             ends = scratch(B, H, segments, K, V)
+    elif config.states is None:
+        ends = scratch(B, H, segments, K, V)  # from the programs themselves, for gla_bwd_exact
     elif not way.chained:
         at = (segments, length)
         starts = segment_states(
@@ -240,35 +247,43 @@ def run_backward(
         count = last - first
         # The last window's walk starts at the first token, and leaves the windows' own starts.
         from_start = int(way.chained and last == segments > 1)
-        plan.kernels["gla_states"].run(
-            (k, v, *gate.tensors, cu, initial_state, starts, states, None),
-            (
-                *(1.0, *args.scalars, T, N, state_heads, segments, first, count, length),
-                *(grads.kept_tokens, kept, problem.k_group // problem.s_group, 1, 1),
-                *(0, 0, from_start, packed, int(initial_state is not None), *args.flag),
-                *(*k_strides, *v_strides, *args.strides),
-            ),
-            tiles("gla_states", spec, config.states) * count * B * state_heads,
-        )
+        if config.states is not None:
+            plan.kernels["gla_states"].run(
+                (k, v, *gate.tensors, cu, initial_state, starts, states, None),
+                (
+                    *(1.0, *args.scalars, T, N, state_heads, segments, first, count, length),
+                    *(grads.kept_tokens, kept, problem.k_group // problem.s_group, 1, 1),
+                    *(0, 0, from_start, packed, int(initial_state is not None), *args.flag),
+                    *(*k_strides, *v_strides, *args.strides),
+                ),
+                tiles("gla_states", spec, config.states) * count * B * state_heads,
+            )
         # Tokens that the parts of dx cover: those of the launch, where that is known here.
         t_from = 0 if packed else first * length
         t_to = T if packed else min(T, last * length)
         if dx_memory is not None:
             shape = (v_tiles, B, H * k_tiles, t_to - t_from, spec.rank)
             dx_parts = dx_memory[: math.prod(shape)].view(shape)
-        tensors = (
-            *(q, k, v, *gate.tensors, do, cu, states, dht, ends, dq, dk, dv),
-            *((dx_parts, dw, db) if gate.lowrank else (dg,)),
-            *(start_grads, flags),
-        )
-        scalars = (
-            *(scale, *args.scalars, T, B, N, H, segments, first, count, length, kept),
-            *(*((t_from, t_to - t_from) if gate.lowrank else ()), *groups, int(way.chained)),
-            *(packed, int(dht is not None), int(dh0), *args.flag),
-            *(*q_strides, *k_strides, *v_strides, *do_strides, *args.strides),
-        )
-        plan.kernels["gla_bwd"].run(tensors, scalars, per_segment * count)
-        plan.kernels["gla_bwd_exact"].run(tensors, scalars, per_segment * count)
+        for name in ("gla_bwd", "gla_bwd_exact"):
+            # On its way from the first token a program starts where the caller does.
+            leading = name == "gla_bwd" and config.states is None
+            plan.kernels[name].run(
+                (
+                    *(q, k, v, *gate.tensors, do, cu, *((initial_state,) if leading else ())),
+                    *(states, dht, ends, dq, dk, dv),
+                    *((dx_parts, dw, db) if gate.lowrank else (dg,)),
+                    *(start_grads, flags),
+                ),
+                (
+                    *(scale, *args.scalars, T, B, N, H, segments, first, count, length, kept),
+                    *((t_from, t_to - t_from) if gate.lowrank else ()),
+                    *(*groups, int(way.chained), packed),
+                    *((int(initial_state is not None),) if leading else ()),
+                    *(int(dht is not None), int(dh0), *args.flag),
+                    *(*q_strides, *k_strides, *v_strides, *do_strides, *args.strides),
+                ),
+                per_segment * count,
+            )
         if gate.lowrank and not packed:
             assert dx is not None
             assert dx_parts is not None

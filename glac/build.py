@@ -24,8 +24,11 @@ from glac.configs import (
     cut_forward,
     default_config,
     default_forward,
+    leads,
     lesser_choices,
+    suited,
     why_illegal,
+    without_way,
 )
 from glac.errors import CompileError, ConfigError, GlacError, PackError
 from glac.gpus import GPUS, RELATIVES, GpuSpec, gpu_by_name
@@ -189,12 +192,29 @@ def _cut_rows(gpu: GpuSpec, rows: Sequence[_Wanted]) -> Iterator[_Wanted]:
         if any(getattr(row.config, "summary", None) for row in of_spec):
             continue
         near = min(of_spec, key=lambda row: (row.problem.bucket.distance(wanted), row.problem.T))
-        assert isinstance(near.config, ForwardConfig)
-        config = cut_forward(near.config, spec, wanted, gpu)
+        whole = without_way(near.config, spec, gpu)
+        assert isinstance(whole, ForwardConfig)
+        config = cut_forward(whole, spec, wanted, gpu)
         if config.summary is not None and gpu.capability < (9, 0):
             # The tile that walks best spills 7.8 kB as a summary, at 256 x 512.
             config = replace(config, summary=default_forward(spec, gpu, wanted).summary)
         if config.summary is not None and why_illegal(spec, config, gpu) is None:
+            yield _Wanted(gpu, "heuristic", "", problem, config)
+
+
+def _plain_rows(gpu: GpuSpec, rows: Sequence[_Wanted]) -> Iterator[_Wanted]:
+    """For each specialisation whose backward rows all walk to segments, one that does not.
+
+    As a guess, by the same tiles: for other lengths and packed batches (``glac.dispatch``).
+    """
+    for spec in dict.fromkeys(row.problem.spec for row in rows):
+        of_spec = [row.config for row in rows if row.problem.spec == spec]
+        if all(map(leads, of_spec)):
+            problem = Problem(spec, *_LONG)
+            whole = without_way(of_spec[0], spec, gpu)
+            config = suited(whole, spec, problem.bucket, gpu)
+            if why_illegal(spec, config, gpu) is not None:
+                config = default_config(Op.BACKWARD, spec, gpu, problem.bucket)
             yield _Wanted(gpu, "heuristic", "", problem, config)
 
 
@@ -217,6 +237,8 @@ def _planned_of(
     rows, files = _rows_of(gpu, op, folder)
     if op is Op.FORWARD:
         rows += _cut_rows(gpu, rows)
+    elif op is Op.BACKWARD:
+        rows += _plain_rows(gpu, rows)
     elif op is Op.SCALAR_BACKWARD:
         rows += _at_once_rows(gpu, rows)
     return rows, files

@@ -24,6 +24,7 @@ STAGES = (1, 2, 3, 4)
 MAX_REGISTERS = (0, 64, 80, 96, 128, 168)
 EXACT_ROWS = 16
 KEEPS = (1, 2, 4, 8)
+LEADS = (0, 16, 32, 64, 128)
 MAX_SEGMENTS = 256
 MOST_PARTS = 8
 """Of the gradient of a scalar gate, as in ``kernel_templates/scalar_bwd_dv.py``."""
@@ -36,14 +37,27 @@ CutBackward = TypeVar("CutBackward", "BackwardConfig", "ChunksBackwardConfig")
 
 @dataclass(frozen=True)
 class _KernelConfig:
-    """Base of configs of single kernels: flat dataclasses of integers and truth values."""
+    """Base of configs of single kernels: flat dataclasses of integers and truth values.
+
+    Attributes:
+        OMITTED: fields that data leaves out at these values: what was measured and built before
+            they existed stays valid.
+    """
+
+    OMITTED: ClassVar[Mapping[str, int]] = {}
 
     def to_dict(self) -> dict[str, Any]:
         # A quarter of the time of reading a pack went into asdict, which copies deeply.
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, usual in self.OMITTED.items():
+            if values[name] == usual:
+                del values[name]
+        return values
 
     @classmethod
     def from_dict(cls: type[Flat], data: Mapping[str, Any], where: str = "config") -> Flat:
+        if cls.OMITTED and isinstance(data, Mapping):
+            data = {**cls.OMITTED, **data}
         values = strict_fields(cls, data, where)
         for field in fields(cls):
             value = values[field.name]
@@ -64,18 +78,24 @@ class ChunkKernelConfig(_KernelConfig):
         num_warps: warps per program.
         num_stages: chunks in flight in the load pipeline.
         tma: load and store through tensor descriptors (Hopper only).
+        lead: of ``gla_fwd``, tokens per chunk on each program's way to its segment
+            (``kernel_templates/_lead.py``); 0 where other kernels find the state before it.
     """
+
+    OMITTED: ClassVar[Mapping[str, int]] = {"lead": 0}
 
     chunk: int
     block_v: int
     num_warps: int
     num_stages: int
     tma: bool = False
+    lead: int = 0
 
     @property
     def slug(self) -> str:
         tma = "_tma" if self.tma else ""
-        return f"c{self.chunk}_bv{self.block_v}_w{self.num_warps}_s{self.num_stages}{tma}"
+        lead = f"_l{self.lead}" if self.lead else ""
+        return f"c{self.chunk}_bv{self.block_v}_w{self.num_warps}_s{self.num_stages}{tma}{lead}"
 
 
 @dataclass(frozen=True, order=True)
@@ -133,7 +153,12 @@ class TileKernelConfig(_KernelConfig):
         tma: load and store through tensor descriptors (Hopper only).
         dv: also write the gradient of the values, which takes all of K in one tile.
         keep: chunks from one kept state to the next; the program finds those between again.
+        lead: of ``gla_bwd``, tokens per chunk on each program's ways to its segment, from both
+            ends of the sequence (``kernel_templates/_lead.py``); 0 where other kernels find the
+            states before chunks and behind segments.
     """
+
+    OMITTED: ClassVar[Mapping[str, int]] = {"keep": 1, "lead": 0}
 
     chunk: int
     block_k: int
@@ -143,27 +168,18 @@ class TileKernelConfig(_KernelConfig):
     tma: bool = False
     dv: bool = False
     keep: int = 1
+    lead: int = 0
 
     @property
     def slug(self) -> str:
         tma = "_tma" if self.tma else ""
         dv = "_dv" if self.dv else ""
         keep = f"_k{self.keep}" if self.keep > 1 else ""
+        lead = f"_l{self.lead}" if self.lead else ""
         return (
             f"c{self.chunk}_bk{self.block_k}_bv{self.block_v}_w{self.num_warps}"
-            f"_s{self.num_stages}{tma}{dv}{keep}"
+            f"_s{self.num_stages}{tma}{dv}{keep}{lead}"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        # Without `keep` where it is 1: what was measured and built before it existed stays valid.
-        values = super().to_dict()
-        if self.keep == 1:
-            del values["keep"]
-        return values
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> TileKernelConfig:
-        return super().from_dict({"keep": 1, **data} if isinstance(data, Mapping) else data, where)
 
     @property
     def kept_tokens(self) -> int:
@@ -291,9 +307,10 @@ class ForwardConfig:
         op: what it is a config of.
         PARTS: the field that each template's config is in, or follows from.
         fwd: the kernel that walks the sequence: ``gla_fwd``, or ``gla_walk`` after ``prepare``.
-        segment: tokens per segment, a multiple of both chunk sizes; 0 walks the whole sequence in
+        segment: tokens per segment, a multiple of all chunk sizes; 0 walks the whole sequence in
             one program and needs neither ``summary`` nor the combine kernel.
-        summary: the kernel that prepares segment states, ``None`` exactly when ``segment`` is 0.
+        summary: the kernel that prepares segment states, ``None`` exactly when ``segment`` is 0
+            or ``fwd`` finds them itself (``lead``).
         prepare: the kernel that makes scaled tiles and scores once for all V tiles of a head;
             ``None`` where ``gla_fwd`` makes its own. All kernels then have the same chunk size.
     """
@@ -340,7 +357,7 @@ class ForwardConfig:
     @property
     def chunk_step(self) -> int:
         """What segments are a multiple of."""
-        return max(self.fwd.chunk, self.summary.chunk if self.summary else 0)
+        return max(self.fwd.chunk, self.fwd.lead, self.summary.chunk if self.summary else 0)
 
     def tiles(self, spec: Specialisation) -> int:
         """Programs that share a sequence of a head."""
@@ -353,8 +370,9 @@ class ForwardConfig:
     @property
     def slug(self) -> str:
         prepare = "" if self.prepare is None else f"-pre_{self.prepare.slug}"
-        segment = "" if self.summary is None else f"-seg{self.segment}-{self.summary.slug}"
-        return f"{self.fwd.slug}{prepare}{segment}"
+        segment = f"-seg{self.segment}" if self.segment else ""
+        summary = "" if self.summary is None else f"-{self.summary.slug}"
+        return f"{self.fwd.slug}{prepare}{segment}{summary}"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data; ``prepare`` is left out where there is none, as in most rows."""
@@ -388,7 +406,8 @@ class BackwardConfig:
         op, PARTS: as in ``ForwardConfig``.
         states: the kernel that walks forward again and keeps the states that ``grads`` asks for,
             at multiples of its own chunk size; with segments also the one that finds what they
-            add to the state and to its gradient.
+            add to the state and to its gradient. ``None`` exactly if ``grads`` finds all of them
+            itself (``lead``).
         grads: the kernel that walks back and makes the gradients.
         dv: the kernel that makes the gradient of the values, ``None`` exactly if ``grads`` does.
         segment: tokens per segment, a multiple of all chunk sizes; 0 walks a whole sequence in one
@@ -403,7 +422,7 @@ class BackwardConfig:
         "gla_bwd_dv": "dv",
     }
 
-    states: ChunkKernelConfig
+    states: ChunkKernelConfig | None
     grads: TileKernelConfig
     dv: ChunkKernelConfig | None = None
     segment: int = 0
@@ -416,7 +435,8 @@ class BackwardConfig:
     @property
     def chunk_step(self) -> int:
         """What segments are a multiple of."""
-        return max(self.grads.kept_tokens, self.states.chunk, self.dv.chunk if self.dv else 0)
+        chunks = [part.chunk for part in (self.states, self.dv) if part is not None]
+        return max(self.grads.kept_tokens, self.grads.lead, *chunks)
 
     def tiles(self, spec: Specialisation) -> int:
         """Programs that share a sequence of a head."""
@@ -431,12 +451,10 @@ class BackwardConfig:
 
     def kernels(self) -> dict[str, KernelConfig]:
         """Template name to kernel config, in launch order."""
-        kernels: dict[str, KernelConfig] = {
-            "gla_states": self.states,
-            "gla_combine": CombineKernelConfig(),
-            "gla_bwd": self.grads,
-            "gla_bwd_exact": self.exact,
-        }
+        kernels: dict[str, KernelConfig] = {}
+        if self.states is not None:
+            kernels.update({"gla_states": self.states, "gla_combine": CombineKernelConfig()})
+        kernels.update({"gla_bwd": self.grads, "gla_bwd_exact": self.exact})
         if self.dv is not None:
             kernels["gla_bwd_dv"] = self.dv
         return kernels
@@ -444,7 +462,7 @@ class BackwardConfig:
     def with_part(self, part: str, kernel: Any) -> BackwardConfig:
         """This config with another kernel config in field ``part``, and states that go with it."""
         change: dict[str, Any] = {part: kernel}
-        if part == "grads" and kernel.kept_tokens < self.states.chunk:
+        if part == "grads" and self.states and kernel.kept_tokens < self.states.chunk:
             change["states"] = replace(self.states, chunk=kernel.kept_tokens)
         return replace(self, **change)
 
@@ -452,11 +470,12 @@ class BackwardConfig:
     def slug(self) -> str:
         dv = "" if self.dv is None else f"-dv_{self.dv.slug}"
         segment = f"-seg{self.segment}" if self.segment else ""
-        return f"{self.grads.slug}-st_{self.states.slug}{dv}{segment}"
+        states = "" if self.states is None else f"-st_{self.states.slug}"
+        return f"{self.grads.slug}{states}{dv}{segment}"
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "states": self.states.to_dict(),
+            "states": None if self.states is None else self.states.to_dict(),
             "grads": self.grads.to_dict(),
             "dv": None if self.dv is None else self.dv.to_dict(),
             "segment": self.segment,
@@ -465,9 +484,9 @@ class BackwardConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "config") -> BackwardConfig:
         d = strict_fields(cls, data, where)
-        dv = d["dv"]
+        states, dv = d["states"], d["dv"]
         return cls(
-            ChunkKernelConfig.from_dict(d["states"], f"{where}.states"),
+            None if states is None else ChunkKernelConfig.from_dict(states, f"{where}.states"),
             TileKernelConfig.from_dict(d["grads"], f"{where}.grads"),
             None if dv is None else ChunkKernelConfig.from_dict(dv, f"{where}.dv"),
             strict_int(d, "segment", where),
@@ -771,6 +790,7 @@ _CHOICES: dict[str, tuple[int, ...]] = {
     "num_stages": STAGES,
     "max_registers": MAX_REGISTERS,
     "keep": KEEPS,
+    "lead": LEADS,
 }
 
 
@@ -778,6 +798,10 @@ def lesser_choices(config: KernelConfig, name: str) -> list[int]:
     """The choices below that of field ``name``, downwards; none if there is no such choice."""
     current = getattr(config, name, 0)
     return [value for value in reversed(_CHOICES[name]) if value < current]
+
+
+LEADING = ("fwd", "grads")
+"""Parts of configs whose kernels may find the way to their segments themselves."""
 
 
 def _why_illegal_kernel(
@@ -791,6 +815,8 @@ def _why_illegal_kernel(
     for name, allowed in _CHOICES.items():
         if name in values and values[name] not in allowed:
             return f"{what}.{name} must be one of {allowed}, got {values[name]}"
+    if values.get("lead") and what not in LEADING:
+        return f"{what}.lead must be 0"
     # Without a tile of its own a program holds all of K.
     block_k = values.get("block_k", padded_k(spec))
     if block_k > padded_k(spec):
@@ -905,6 +931,8 @@ def _why_illegal_forward(spec: Specialisation, config: ForwardConfig, gpu: GpuSp
         reason = _why_illegal_walk(spec, config.fwd, gpu, "fwd", 2, 1)
     if reason:
         return reason
+    if config.fwd.lead:
+        return _why_illegal_lead(config)
     if (config.segment == 0) != (config.summary is None):
         return "summary must be given exactly when segment is not 0"
     if config.summary is not None:
@@ -916,6 +944,13 @@ def _why_illegal_forward(spec: Specialisation, config: ForwardConfig, gpu: GpuSp
             return reason
         return _segment_illegal(config.segment, config.chunk_step)
     return None
+
+
+def _why_illegal_lead(config: ForwardConfig) -> str | None:
+    """What is wrong with a config whose programs find the states before their segments."""
+    if config.prepare is not None or config.summary is not None:
+        return "fwd.lead needs neither summary nor prepare"
+    return _segment_illegal(config.segment, config.chunk_step)
 
 
 def _segment_illegal(segment: int, step: int) -> str | None:
@@ -935,9 +970,9 @@ def grads_illegal(spec: Specialisation, grads: TileKernelConfig, gpu: GpuSpec) -
 def _why_illegal_backward(
     spec: Specialisation, config: BackwardConfig, gpu: GpuSpec
 ) -> str | None:
-    grads = config.grads
+    grads, states = config.grads, config.states
     reason = (
-        _why_illegal_walk(spec, config.states, gpu, "states", 1, 1)
+        (states and _why_illegal_walk(spec, states, gpu, "states", 1, 1))
         or grads_illegal(spec, grads, gpu)
         or (config.dv and _why_illegal_walk(spec, config.dv, gpu, "dv", 2, 1))
     )
@@ -945,12 +980,15 @@ def _why_illegal_backward(
         return reason
     if grads.dv == (config.dv is not None):
         return "dv must be given exactly when grads.dv is false"
-    if grads.kept_tokens % config.states.chunk:
-        return (
-            f"grads.chunk times grads.keep must be a multiple of states.chunk "
-            f"{config.states.chunk}"
-        )
-    return _segment_illegal(config.segment, config.chunk_step) if config.segment else None
+    if (states is None) != (grads.lead > 0):
+        return "states must be given exactly when grads.lead is 0"
+    if states is None and grads.keep > 1:
+        return "grads.lead needs grads.keep 1"
+    if states is not None and grads.kept_tokens % states.chunk:
+        return f"grads.chunk times grads.keep must be a multiple of states.chunk {states.chunk}"
+    if config.segment or states is None:
+        return _segment_illegal(config.segment, config.chunk_step)
+    return None
 
 
 def chunks_illegal(spec: Specialisation, chunks: TileKernelConfig, gpu: GpuSpec) -> str | None:
@@ -986,8 +1024,8 @@ def scalar_grads_illegal(
     reason = _why_illegal_walk(spec, grads, gpu, "grads", 2, 2)
     if reason:
         return reason
-    if grads.dv or grads.keep > 1:
-        return "grads.dv and grads.keep are not for scalar gates"
+    if grads.dv or grads.keep > 1 or grads.lead:
+        return "grads.dv, grads.keep and grads.lead are not for scalar gates"
     parts = grads.tiles(spec)
     if parts > MOST_PARTS:
         return f"grads cut the state into {parts} tiles, at most {MOST_PARTS} can be added up"
@@ -1152,6 +1190,28 @@ def packed_segment(
     return min(max(tokens, config.chunk_step), 1 << 30)  # the kernels count in 32 bits
 
 
+def leads(config: Config) -> bool:
+    """Whether programs walk to their segments from the ends of the sequence.
+
+    What each walks grows with the sequence, so such a config is for the lengths it was tuned at.
+    """
+    if isinstance(config, ForwardConfig):
+        return config.fwd.lead > 0
+    return isinstance(config, BackwardConfig) and config.grads.lead > 0
+
+
+def without_way(config: Config, spec: Specialisation, gpu: GpuSpec) -> Config:
+    """The same tiles for whole sequences, if programs walk to their segments; else ``config``."""
+    if isinstance(config, ForwardConfig) and leads(config):
+        return ForwardConfig(replace(config.fwd, lead=0))
+    if isinstance(config, BackwardConfig) and leads(config):
+        grads = replace(config.grads, lead=0)
+        walk = _walking_kernel(spec, gpu)
+        states = replace(walk, chunk=min(walk.chunk, grads.chunk), tma=grads.tma)
+        return BackwardConfig(states, grads, config.dv)
+    return config
+
+
 def suited(
     config: Config,
     spec: Specialisation,
@@ -1163,8 +1223,11 @@ def suited(
     """A config that was made for another bucket, with the segments that suit this one.
 
     It needs no other kernels, as the length of a segment is an argument at run time; with
-    ``new_kernels`` a forward config may also get the kernel for segments that it lacks.
+    ``new_kernels`` a forward config may also get the kernel for segments that it lacks. One whose
+    programs walk to their segments stays as it is: what suits others was not measured.
     """
+    if leads(config):
+        return config
     if isinstance(config, BackwardConfig):
         return cut_backward(config, spec, bucket, gpu)
     if isinstance(config, ChunksBackwardConfig):

@@ -31,6 +31,7 @@ from glac.configs import (
     ScalarForwardConfig,
     cut_backward,
     default_config,
+    leads,
     packed_segment,
     suitable_segment,
     suited,
@@ -243,6 +244,11 @@ def _suited(row: PackRow, gpu: GpuSpec, problem: Problem) -> Config:
     return suited(row.config, row.spec, problem.bucket, gpu)
 
 
+def _leads_astray(config: Config, made_for: Bucket, problem: Problem) -> bool:
+    """Whether programs that walk to their segments may have a longer way than was measured."""
+    return leads(config) and (problem.packed > 0 or made_for != problem.bucket)
+
+
 def _cut_anyhow(
     row: PackRow, others: Iterable[PackRow], problem: Problem, gpu: GpuSpec
 ) -> PackRow:
@@ -251,7 +257,8 @@ def _cut_anyhow(
     A forward row that lacks the kernels to cut sequences borrows those of another row.
     """
     config = row.config
-    if not isinstance(config, ForwardConfig | BackwardConfig | ChunksBackwardConfig):
+    kinds = ForwardConfig | BackwardConfig | ChunksBackwardConfig
+    if not isinstance(config, kinds) or leads(config):
         return row
     if config.segment and row.bucket == problem.bucket:
         return row
@@ -333,7 +340,9 @@ def _rank(row: PackRow, gpu: GpuSpec, problem: Problem) -> tuple[int, ...]:
     family = family_of(gpu)
     kinship = family.index(row.gpu) if row.gpu in family else len(family)
     guessed = row.source != "tuned"
-    flaws = (_idles(row, gpu, problem.bucket), guessed, _walks_in_vain(row.config, problem, gpu))
+    astray = _leads_astray(row.config, row.bucket, problem)
+    vain = _walks_in_vain(row.config, problem, gpu)
+    flaws = (astray, _idles(row, gpu, problem.bucket), guessed, vain)
     return *map(int, flaws), kinship, *_nearness(row.bucket, problem.bucket)
 
 
@@ -342,8 +351,9 @@ def best_row(
 ) -> PackRow | None:
     """The row that serves ``problem`` on ``gpu``.
 
-    One that can cut its sequences where they should be, then tuned before guessed, then one that
-    keeps states as far apart as suits the problem, then kin, then the nearest bucket.
+    First one whose programs walk to their segments only where that was measured; then one that
+    can cut its sequences where they should be, then tuned before guessed, then one that keeps
+    states as far apart as suits the problem, then kin, then the nearest bucket.
     """
     hits = [row for row in rows if row.op is op and row.spec == problem.spec]
     return min(hits, key=lambda row: _rank(row, gpu, problem), default=None)
@@ -461,7 +471,13 @@ def miss_config(problem: Problem, gpu: GpuSpec, op: Op = Op.FORWARD) -> Config:
 
     for name in family_of(gpu):
         rows = [row for file in available(name) for row in file.rows]
-        hits = [row for row in rows if row.op is op and row.spec == problem.spec]
+        hits = [
+            row
+            for row in rows
+            if row.op is op
+            and row.spec == problem.spec
+            and not _leads_astray(row.config, row.bucket, problem)
+        ]
         if hits:
             # The first of equally near ones: a user's own before one that came with glac.
             near = min(

@@ -175,6 +175,10 @@ def run_forward(
         starts = _prepared_segment_states(
             plan, q, k, v, gate, scale, initial_state, cu, o, prepared
         )
+    elif seg_len < T and config.fwd.lead:
+        # Each program leaves the state before its segment here, for its second pass.
+        shape = (B, state_heads, segments, K, V)
+        starts = torch.empty(shape, dtype=torch.float32, device=q.device)
     elif seg_len < T:
         assert config.summary is not None
         starts = segment_states(

@@ -18,7 +18,7 @@ from glac.generate import kernel_function
 from glac.kernelspec import KernelSpec, config_kernels
 from glac.plan import AnyConfig, Plan
 from glac.problem import Problem
-from glac.templates import active_args, constants
+from glac.templates import active_args, constants, kernel_leads
 
 
 class InterpretedKernel:
@@ -31,7 +31,8 @@ class InterpretedKernel:
                 hint="run in a fresh process: TRITON_INTERPRET=1 python ...",
             )
         self._fn = kernel_function(kernel.template)
-        self._names = [a.name for a in active_args(kernel.template, kernel.spec)]
+        active = active_args(kernel.template, kernel.spec, leads=kernel_leads(kernel.config))
+        self._names = [a.name for a in active]
         self._constants = constants(kernel.template, kernel.spec, kernel.config)
         if "INTERPRETED" in self._constants:
             self._constants["INTERPRETED"] = True  # inline assembly has no interpreter

@@ -39,6 +39,7 @@ from glac.record import dataclass
 from glac.templates import (
     TEMPLATES,
     active_args,
+    kernel_leads,
     pointer_type,
     template_ops,
     templates_sha256,
@@ -258,14 +259,16 @@ _ROW_KEYS = frozenset(field.name for field in fields(PackRow)) | {"op"}
 
 def run_time_args(kernel: KernelSpec) -> tuple[tuple[str, str], ...]:
     """Names and types of a kernel's run-time arguments, in order."""
-    return _run_time_args(kernel.template, kernel.spec)
+    return _run_time_args(kernel.template, kernel.spec, kernel_leads(kernel.config))
 
 
 @functools.lru_cache(maxsize=256)  # many kernels of a pack share them
-def _run_time_args(template: str, spec: Specialisation) -> tuple[tuple[str, str], ...]:
+def _run_time_args(
+    template: str, spec: Specialisation, leading: bool
+) -> tuple[tuple[str, str], ...]:
     return tuple(
         (arg.name, pointer_type(arg.kind, spec) if arg.is_pointer else arg.kind)
-        for arg in active_args(template, spec)
+        for arg in active_args(template, spec, leads=leading)
     )
 
 

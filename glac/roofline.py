@@ -281,6 +281,11 @@ def _summary_work(
     ]
 
 
+def _way_steps(tokens: int, lead: int) -> int:
+    """Steps on the way to a segment, by what they take: half of one with outputs."""
+    return math.ceil(tokens / lead / 2)
+
+
 def _forward_work(problem: Problem, config: ForwardConfig, gpu: GpuSpec) -> list[KernelWork]:
     if config.prepare is not None:
         return _prepared_work(problem, config, config.prepare, gpu)
@@ -295,6 +300,12 @@ def _forward_work(problem: Problem, config: ForwardConfig, gpu: GpuSpec) -> list
         moved += segments * problem.state_bytes
     programs = tiles("gla_fwd", spec, config.fwd) * segments * problem.B * problem.H
     steps = math.ceil(length / config.fwd.chunk)
+    if config.fwd.lead and segments > 1:
+        # The first program has no way to go, the last one the longest.
+        before = (segments - 1) * length
+        last = math.ceil((problem.T - before) / config.fwd.chunk)
+        steps = max(steps, last + _way_steps(before, config.fwd.lead))
+        moved += segments * problem.state_bytes
     return [*found, _work(gpu, spec, "gla_fwd", config.fwd, programs, steps, moved)]
 
 
@@ -367,7 +378,10 @@ def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> li
     inputs = sizes["k"] + sizes["v"] + sizes["gate"]
     found = []
     walked = launches * way.length  # by each program of gla_states, over all launches
-    if way.chained:
+    if config.states is None:
+        # What programs read on their ways, their neighbours read as well.
+        marks = way.segments * problem.state_bytes
+    elif way.chained:
         # The first launch walks the whole sequence, each later one its window: all but the last.
         walked = problem.T + (launches - 1) * way.length
         inputs = inputs * walked // problem.T
@@ -382,21 +396,22 @@ def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> li
     chunks = math.ceil(problem.T / grads.chunk)
     states = math.ceil(problem.T / grads.kept_tokens)
     states *= problem.B * problem.state_heads * spec.K * spec.V * state_dtype(spec).itemsize
-    found.append(
-        _work(
-            gpu,
-            spec,
-            "gla_states",
-            config.states,
-            tiles("gla_states", spec, config.states)
-            * way.at_once
-            * problem.B
-            * problem.state_heads,
-            math.ceil(walked / config.states.chunk),
-            inputs + states + marks,
-            launches,
+    if config.states is not None:
+        found.append(
+            _work(
+                gpu,
+                spec,
+                "gla_states",
+                config.states,
+                tiles("gla_states", spec, config.states)
+                * way.at_once
+                * problem.B
+                * problem.state_heads,
+                math.ceil(walked / config.states.chunk),
+                inputs + states + marks,
+                launches,
+            )
         )
-    )
     # Gradients come out for each head of the output, and for each tile.
     token_heads = problem.B * problem.T * problem.H
     if spec.gate is Gate.LOWRANK:
@@ -409,6 +424,10 @@ def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> li
     moved = sum(sizes.values()) + states + key_parts + gate_parts + (values if grads.dv else 0)
     programs = k_tiles * v_tiles * problem.B * problem.H * way.at_once
     steps = chunks if way.chained else launches * math.ceil(way.length / grads.chunk)
+    if grads.lead:
+        # To the segment from both ends, and through it for its states.
+        steps += launches * _way_steps(problem.T, grads.lead)
+        moved += marks
     found += [
         _work(gpu, spec, "gla_bwd", grads, programs, steps, moved, launches),
         _work(gpu, spec, "gla_bwd_exact", None, programs, 0, 0, launches),

@@ -76,13 +76,16 @@ _GATE_SCALARS = "inv_normalizer:fp32 clamp_log2:fp32"
 _GROUPS = "q_group:i32 k_group:i32 s_group:i32"
 
 _BWD_ARGS = (
-    f"q:*io k:*io v:*io {_GATE} do:*io cu:*i32 states:*state dht:*fp32 ends:*fp32 dq:*io dk:*io "
-    "dv:*io dg:*gate dx:*fp32 dw:*fp32 db:*fp32 dh0:*fp32 flags:*i32 "
+    f"q:*io k:*io v:*io {_GATE} do:*io cu:*i32 h0:*fp32 states:*state dht:*fp32 ends:*fp32 "
+    "dq:*io dk:*io dv:*io dg:*gate dx:*fp32 dw:*fp32 db:*fp32 dh0:*fp32 flags:*i32 "
     f"scale:fp32 {_GATE_SCALARS} T:i32 B:i32 N:i32 H:i32 n_seg:i32 seg_first:i32 seg_count:i32 "
     f"seg_len:i32 n_kept:i32 dx_first:i32 dx_tokens:i32 {_GROUPS} chain:i32 has_cu:i32 "
-    f"has_dht:i32 has_dh0:i32 has_bias:i32 {_STRIDES['q']} {_STRIDES['k']} {_STRIDES['v']} "
-    f"{_STRIDES['do']} {_STRIDES['g']} {_X_STRIDES}"
+    f"has_h0:i32 has_dht:i32 has_dh0:i32 has_bias:i32 {_STRIDES['q']} {_STRIDES['k']} "
+    f"{_STRIDES['v']} {_STRIDES['do']} {_STRIDES['g']} {_X_STRIDES}"
 )
+
+# Without what only the way from the first token takes.
+_BWD_EXACT_ARGS = _BWD_ARGS.replace("h0:*fp32 ", "", 1).replace("has_h0:i32 ", "")
 
 _WALKS_ARGS = (
     f"q:*io k:*io v:*io {_GATE} do:*io cu:*i32 h0:*fp32 starts:*fp32 dht:*fp32 ends:*fp32 "
@@ -166,7 +169,7 @@ TEMPLATES: dict[str, Template] = {
             ("heads",),
         ),
         Template("gla_bwd", _args(_BWD_ARGS), ("segments", "heads")),
-        Template("gla_bwd_exact", _args(_BWD_ARGS), ("segments", "heads")),
+        Template("gla_bwd_exact", _args(_BWD_EXACT_ARGS), ("segments", "heads")),
         Template(
             "gla_bwd_dv",
             _args(
@@ -277,6 +280,13 @@ _LOWRANK_ONLY = frozenset(
     {"x", "w", "bias", "inv_normalizer", "clamp_log2", "has_bias", "x_b", "x_t"}
     | {"dx", "dw", "db", "dx_first", "dx_tokens"}
 )
+_LEAD_ONLY = frozenset({"h0", "has_h0"})
+"""What ``gla_bwd`` takes for its way from the first token."""
+
+
+def kernel_leads(config: KernelConfig) -> bool:
+    """Whether programs find the way to their segments (``kernel_templates/_lead.py``)."""
+    return getattr(config, "lead", 0) > 0
 
 
 def kernel_specialisation(template: str, spec: Specialisation) -> Specialisation:
@@ -291,9 +301,17 @@ def kernel_specialisation(template: str, spec: Specialisation) -> Specialisation
     return spec
 
 
-def active_args(template: str, spec: Specialisation) -> tuple[Arg, ...]:
-    """The parameters that exist at run time for ``spec`` (the others are compiled out)."""
+def active_args(template: str, spec: Specialisation, *, leads: bool = False) -> tuple[Arg, ...]:
+    """The parameters that exist at run time for ``spec`` (the others are compiled out).
+
+    Args:
+        template: of the kernel.
+        spec: what it is compiled for.
+        leads: whether its programs find the way to their segments (``kernel_leads``).
+    """
     dropped = _VECTOR_ONLY if spec.gate is Gate.LOWRANK else _LOWRANK_ONLY
+    if template == "gla_bwd" and not leads:
+        dropped |= _LEAD_ONLY
     return tuple(a for a in TEMPLATES[template].args if a.name not in dropped)
 
 
@@ -334,6 +352,9 @@ def stride_unit(dim: int) -> int:
     """
     return min(16, dim & -dim)
 
+
+LEADING = ("gla_fwd", "gla_bwd")
+"""Templates whose programs may find the way to their segments."""
 
 _TILED_K = (TileKernelConfig, ExactKernelConfig)
 """Configs of kernels whose programs hold a tile of K, not all of it."""
@@ -393,14 +414,16 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
         values["DV"] = config.dv
     if isinstance(config, TileKernelConfig):
         values["KEEP"] = config.keep
+    if template in LEADING:
+        values["LEAD"] = getattr(config, "lead", 0)
     for name in _WITHOUT.get(template, ()):
         del values[name]
-    return {**values, **_inactive(template, spec)}
+    return {**values, **_inactive(template, spec, kernel_leads(config))}
 
 
-def _inactive(template: str, spec: Specialisation) -> dict[str, None]:
+def _inactive(template: str, spec: Specialisation, leading: bool = False) -> dict[str, None]:
     """What stands in for the parameters that do not exist at run time."""
-    active = {a.name for a in active_args(template, spec)}
+    active = {a.name for a in active_args(template, spec, leads=leading)}
     return {a.name: None for a in TEMPLATES[template].args if a.name not in active}
 
 

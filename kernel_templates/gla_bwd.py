@@ -20,6 +20,9 @@ comes from ``gla_states``; those between are found again, KEEP chunks at a time.
 They pass through memory, but through so little of it, and so soon after, that it stays in the
 cache. dS at the segment's end is ``dht`` or a slot of ``ends``; with ``chain``, where one launch
 follows another from the last segment to the first, the program leaves dS for the next.
+With LEAD, for few and short sequences, nothing comes first: the program walks to its segment from
+both ends of the sequence (``_lead``) and through it, and leaves ``states`` and ``ends`` as others
+would have, for itself and ``gla_bwd_exact``.
 The anchor's range is tested as in ``gla_fwd``; a program that left it says so in ``flags``, and
 ``gla_bwd_exact`` does its work again.
 
@@ -32,6 +35,7 @@ The anchor's range is tested as in ``gla_fwd``; a program that left it says so i
 | w      | [H*K, R]        | io         | contiguous                                            |
 | bias   | [H*K]           | io or fp32 | contiguous, absent when has_bias == 0                 |
 | cu     | [N + 1]         | int32      | boundaries of a packed batch, see ``_place``          |
+| h0     | [N, HS, K, V]   | fp32       | contiguous, absent when has_h0 == 0 (LEAD)            |
 | states | [B, HS, C, N_KEPT, K, V] | state | contiguous, slot j: before chunk j * KEEP        |
 | behind | [grid, KEEP, BK, BV] | state | where KEEP > 1, a program's states between kept ones |
 | dht    | [N, HS, K, V]   | fp32       | contiguous, absent when has_dht == 0                  |
@@ -66,6 +70,7 @@ from glac.kernel_templates._bwd import (
 )
 from glac.kernel_templates._exact import START_RANGE_LOG2
 from glac.kernel_templates._gate import LOG2E, clamped, operand
+from glac.kernel_templates._lead import lead_rows, lead_step, lead_walk
 from glac.kernel_templates._place import place
 
 
@@ -80,6 +85,7 @@ def gla_bwd(
     bias,  # [H*K]
     do,  # [B, T, H, V]
     cu,  # [N + 1]
+    h0,  # [N, HS, K, V]
     states,  # [B, HS, C, N_KEPT, K, V]
     dht,  # [N, HS, K, V]
     ends,  # [B, H, S, K, V]
@@ -111,6 +117,7 @@ def gla_bwd(
     s_group,
     chain,
     has_cu,
+    has_h0,
     has_dht,
     has_dh0,
     has_bias,
@@ -141,6 +148,7 @@ def gla_bwd(
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    LEAD: tl.constexpr,
     STAGES: tl.constexpr,
     KEEP: tl.constexpr,
     DV: tl.constexpr,
@@ -244,9 +252,10 @@ def gla_bwd(
     ends += ((i_b * H + i_h) * n_seg + slot) * (K * V)
     end = dht + (i_n * HS + i_hs) * (K * V)
     has_end = tl.where(i_h % s_group == 0, has_dht, 0)
-    if not is_last:
-        end = ends
-        has_end = tl.where(t_begin < t_end, 1, 0)
+    if LEAD == 0:
+        if not is_last:
+            end = ends
+            has_end = tl.where(t_begin < t_end, 1, 0)
     b_ds = tl.zeros([BK, BV], dtype=tl.float32)
     if TMA:
         # Pointers would stay alive in registers for the whole loop.
@@ -256,6 +265,74 @@ def gla_bwd(
         p_state = o_k[:, None] * V + o_v[None, :]
         m_state = m_k[:, None] & m_v[None, :]
         b_ds = tl.load(end + p_state, mask=m_state & (has_end != 0), other=0.0)
+
+    if LEAD > 0:
+        if LEAD == BT:
+            l_q = s_q
+            l_k = s_k
+            l_v = s_v
+            l_do = s_do
+        else:
+            l_q = lead_rows(q, rows, K, row_q, LEAD, BK, TMA)
+            l_k = lead_rows(k, rows, K, row_k, LEAD, BK, TMA)
+            l_v = lead_rows(v, rows, V, row_v, LEAD, BV, TMA)
+            l_do = lead_rows(do, rows, V, row_do, LEAD, BV, TMA)
+        if LOWRANK:
+            l_g = x
+            l_w = b_w
+            l_bias = b_bias
+            row_l = row_x
+        else:
+            l_w = 0.0
+            l_bias = 0.0
+            row_l = row_g
+            if LEAD == BT:
+                l_g = s_g
+            else:
+                l_g = lead_rows(g, rows, K, row_g, LEAD, BK, TMA)
+        # States before the chunks of the segment. Heads that share them write equal values.
+        p_lead = o_k[:, None] * V + o_v[None, :]
+        m_lead = m_k[:, None] & m_v[None, :]
+        initial = h0 + (i_n * HS + i_hs) * (K * V)
+        b_r = tl.load(initial + p_lead, mask=m_lead & (has_h0 != 0), other=0.0)
+        b_r = lead_walk(
+            b_r, l_k, l_v, l_g, l_w, l_bias, 1.0, inv_normalizer, clamp_log2,
+            0, t_begin, n_tok, k0, v0, row_k, row_v, row_l, m_k, m_v,
+            R, BR, BK, BV, LEAD, STAGES + 1, False, LOWRANK, BF16, PRECISION, TMA,
+        )  # fmt: skip
+        for i in tl.range(0, n_chunks, num_stages=STAGES + 1):
+            t = t_begin + i * BT
+            m_t = t + row < n_tok
+            m_tk = m_t[:, None] & m_k[None, :]
+            m_tv = m_t[:, None] & m_v[None, :]
+            if LOWRANK:
+                m_tr = m_t[:, None] & m_r[None, :]
+                b_x = load_rows(x, t, 0, row_x, o_r, m_tr, BT, False)
+            else:
+                b_g = load_rows(s_g, t, k0, row_g, o_k, m_tk, BT, TMA)
+            b_k = load_rows(s_k, t, k0, row_k, o_k, m_tk, BT, TMA)
+            b_v = load_rows(s_v, t, v0, row_v, o_v, m_tv, BT, TMA)
+            if TMA:
+                s_kept.store([i * K + k0, v0], b_r.to(STATE))
+            else:
+                p_s = states + ((t - t_begin) // BT).to(tl.int64) * (K * V) + p_state
+                tl.store(p_s, b_r.to(STATE), mask=m_state)
+            if LOWRANK:
+                b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
+                b_g, _ = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
+                b_g = tl.where(m_t[None, :], b_g, 0.0)
+            b_r = lead_step(b_r, b_k, b_v, b_g, upper, 1.0, BT, False, LOWRANK, BF16, PRECISION)
+        b_ds = lead_walk(
+            b_ds, l_q, l_do, l_g, l_w, l_bias, scale, inv_normalizer, clamp_log2,
+            t_end, n_tok, n_tok, k0, v0, row_q, row_do, row_l, m_k, m_v,
+            R, BR, BK, BV, LEAD, STAGES + 1, True, LOWRANK, BF16, PRECISION, TMA,
+        )  # fmt: skip
+        # For gla_bwd_exact.
+        tl.store(ends + p_lead, b_ds, mask=m_lead & (t_begin < t_end) & (t_end < n_tok))
+        if TMA:
+            await_descriptor_stores(t_begin, INTERPRETED)
+        elif not INTERPRETED:
+            tl.debug_barrier()
 
     worst = tl.zeros([BK], dtype=tl.float32)
     # Without states between, one group is all.

@@ -13,6 +13,9 @@ keeps the smallest Gend it has seen; if that left the range, the program does it
 16-row blocks that are exact for every gate, and overwrites what it wrote. So ordinary gates pay
 one [BK] minimum per chunk, and there is no branch in the loop (a branch there cost 13 %).
 
+The state before a segment is in ``starts``. With LEAD, for few and short sequences, a program
+walks there from the first token itself (``_lead``), and leaves it there for its second pass.
+
 | tensor | shape              | dtype            | layout                                        |
 |--------|--------------------|------------------|-----------------------------------------------|
 | q, k   | [B, T, H, K]       | io               | any b, t, h stride in units of UK, last dim 1 |
@@ -36,8 +39,10 @@ Grid: x = V tiles (fastest, they share q, k and g in L2) x S segments x B*H.
 import triton
 import triton.language as tl
 
+from glac.kernel_templates._bwd import cumulative_log2_t
 from glac.kernel_templates._exact import START_RANGE_LOG2, exact_segment, exact_segment_called
 from glac.kernel_templates._gate import LOG2E, cumulative_log2, lowrank_gate_log2, operand
+from glac.kernel_templates._lead import lead_rows, lead_walk
 from glac.kernel_templates._place import place
 
 CALLED_TILE = tl.constexpr(128 * 128)
@@ -98,6 +103,7 @@ def gla_fwd(
     BT: tl.constexpr,
     BV: tl.constexpr,
     BX: tl.constexpr,
+    LEAD: tl.constexpr,
     STAGES: tl.constexpr,
     LOWRANK: tl.constexpr,
     BF16: tl.constexpr,
@@ -157,13 +163,51 @@ def gla_fwd(
     m_state = m_k[:, None] & m_v[None, :]
     start = h0 + (i_n * HS + i_hs) * (K * V)
     has_start = has_h0
-    if not is_first:
-        start = starts + ((i_b * HS + i_hs) * n_seg + slot) * (K * V)
-        has_start = tl.where(t_begin < t_end, 1, 0)
+    if LEAD == 0:
+        if not is_first:
+            start = starts + ((i_b * HS + i_hs) * n_seg + slot) * (K * V)
+            has_start = tl.where(t_begin < t_end, 1, 0)
     b_s = tl.load(start + p_state, mask=m_state & (has_start != 0), other=0.0)  # [BK, BV]
+    if LEAD > 0:
+        if LEAD == BT and TMA:
+            l_k = d_k
+            l_v = d_v
+        else:
+            l_k = lead_rows(k, tl.maximum(n_tok, 1), K, row_k, LEAD, BK, TMA)
+            l_v = lead_rows(v, tl.maximum(n_tok, 1), V, row_v, LEAD, BV, TMA)
+        if LOWRANK:
+            l_g = x
+            l_w = tl.trans(b_w)
+            l_bias = b_bias
+            row_l = row_x
+        else:
+            l_w = 0.0
+            l_bias = 0.0
+            row_l = row_g
+            if LEAD == BT and TMA:
+                l_g = d_g
+            else:
+                l_g = lead_rows(g, tl.maximum(n_tok, 1), K, row_g, LEAD, BK, TMA)
+        b_s = lead_walk(
+            b_s, l_k, l_v, l_g, l_w, l_bias, 1.0, inv_normalizer, clamp_log2,
+            0, t_begin, n_tok, 0, i_v * BV, row_k, row_v, row_l, m_k, m_v,
+            R, BR, BK, BV, LEAD, STAGES + 1, False, LOWRANK, BF16, PRECISION, TMA,
+        )  # fmt: skip
+        # For the second pass. Heads that share a state write equal values.
+        if not is_first:
+            start = starts + ((i_b * HS + i_hs) * n_seg + slot) * (K * V)
+            has_start = tl.where(t_begin < t_end, 1, 0)
+            tl.store(start + p_state, b_s, mask=m_state & (has_start != 0))
 
     worst = tl.zeros([BK], dtype=tl.float32)
     m_cum = m_tri
+    # Gend from a product of its own, whose rows are channels as those of the state are, costs a
+    # chunk 143 instructions and two barriers less than a minimum over rows: 1.56 us instead of
+    # 1.68 at 64 channels and 64 tokens. Kernels without LEAD are what was measured before.
+    BY_PRODUCT: tl.constexpr = LEAD > 0 and BF16 and not LOWRANK
+    if BY_PRODUCT:
+        GATE: tl.constexpr = g.dtype.element_ty
+        ones = tl.full([BT, 16], 1.0, tl.bfloat16 if GATE == tl.float32 else GATE)
     for t in tl.range(t_begin, t_end, BT, num_stages=STAGES):
         m_t = t + row < n_tok
         m_tk = m_t[:, None] & m_k[None, :] if BK != K else m_t[:, None]
@@ -193,9 +237,14 @@ def gla_fwd(
         b_v = operand(b_v, IO)
 
         b_cum = cumulative_log2(b_g, m_cum, LOWRANK, BF16)  # [BT, BK]
-        # The last row as a minimum: g <= 0 makes G fall along the chunk. (Summing g again costs a
-        # layout conversion of the whole tile: 266 us instead of 150 at 16,2048,8,128,128.)
-        b_end = tl.min(b_cum, 0)  # [BK]
+        if BY_PRODUCT:
+            # All columns are equal. What G is summed from is the same and in fp32 as exact.
+            b_end = tl.min(cumulative_log2_t(tl.trans(b_g), ones, LOWRANK, BF16), 1)  # [BK]
+        else:
+            # The last row as a minimum: g <= 0 makes G fall along the chunk. (Summing g again
+            # costs a layout conversion of the whole tile: 266 us instead of 150 at
+            # 16,2048,8,128,128.)
+            b_end = tl.min(b_cum, 0)  # [BK]
         worst = tl.minimum(worst, b_end)
         qh = operand(b_q * (tl.exp2(b_cum) * scale), IO)
         kh = operand(b_k * tl.exp2(-b_cum), IO)
@@ -229,6 +278,8 @@ def gla_fwd(
                 pack=1,
             )
             tl.debug_barrier()
+        elif LEAD > 0 and not INTERPRETED:
+            tl.debug_barrier()  # the start state was written by other threads
         if BK * BV >= CALLED_TILE:
             exact_segment_called(
                 q, k, v, g, x, w, bias, o, start, ht, scale, inv_normalizer, clamp_log2,

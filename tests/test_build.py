@@ -15,12 +15,16 @@ from glac import build
 from glac.build import build_packs, build_single
 from glac.compile import CompiledKernel
 from glac.configs import (
+    BackwardConfig,
     ChunkKernelConfig,
     Config,
     ForwardConfig,
+    TileKernelConfig,
     default_backward,
     default_config,
     is_legal,
+    leads,
+    without_way,
 )
 from glac.dispatch import miss_config
 from glac.errors import CompileError, ConfigError, GlacError, MissingEnvironmentError, PackError
@@ -28,6 +32,7 @@ from glac.gpus import GPUS
 from glac.kernelspec import KernelSpec
 from glac.pack import read_pack
 from glac.problem import DType, Gate, Op, Problem
+from glac.suites import make_problem
 from glac.templates import templates_sha256
 from glac.tuned import TunedFile, dump_tuned
 from tests.helpers_packs import (
@@ -221,6 +226,28 @@ def test_a_row_that_cuts_is_made_of_the_nearest_one(
     assert made.config.summary == near.config.fwd
 
 
+def test_what_walks_to_its_segments_has_others_for_other_lengths() -> None:
+    gpu, problem = GPUS["h100"], make_problem((8, 1024, 8, 64, 64))
+    spec = problem.spec
+    fwd = ForwardConfig(ChunkKernelConfig(64, 64, 4, 3, True, lead=64), 704)
+    grads = TileKernelConfig(32, 64, 64, 4, 3, True, True, lead=32)
+    back = BackwardConfig(None, grads, None, 256)
+    for config, others in ((fwd, build._cut_rows), (back, build._plain_rows)):
+        rows = [build._Wanted(gpu, "tuned", "GPU", problem, config)]
+        (made,) = others(gpu, rows)
+        assert made.source == "heuristic"
+        assert made.problem == Problem(spec, *build._LONG)
+        assert is_legal(spec, made.config, gpu)
+        assert not leads(made.config)
+        assert made.config.kernels().keys() > {config.main}
+        whole = without_way(config, spec, gpu)
+        assert without_way(whole, spec, gpu) == whole
+    assert isinstance(made.config, BackwardConfig)
+    assert made.config.grads == replace(grads, lead=0)
+    plain = build._Wanted(gpu, "tuned", "GPU", problem, without_way(back, spec, gpu))
+    assert not list(build._plain_rows(gpu, [*rows, plain]))
+
+
 def test_bad_requests(fake: FakeToolchain, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown GPU 'v100'"):
         build_packs(["v100"], tmp_path)
@@ -321,7 +348,7 @@ def test_backward_heuristics_step_down(
     # Stages, then chunk and with it that of the states, then columns of V; K is cut last.
     assert row.config == replace(
         default,
-        states=replace(default.states, chunk=16),
+        states=replace(default.states, chunk=16) if default.states else None,
         grads=replace(default.grads, num_stages=1, chunk=16, block_v=32),
     )
     assert is_legal(problem.spec, row.config, GPUS["h100"])

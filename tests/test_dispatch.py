@@ -208,6 +208,31 @@ def test_chunks_at_once_only_with_memory_for_their_states(
     assert dispatch.best_row(others, problem, H100, Op.BACKWARD) is others[0]
 
 
+def test_programs_walk_to_their_segments_only_where_that_was_measured() -> None:
+    led = ForwardConfig(replace(CONFIG.fwd, lead=32), 704)
+    back = replace(BACKWARD, states=None, grads=replace(BACKWARD.grads, lead=32), segment=256)
+    for op, config, other in ((Op.FORWARD, led, CONFIG), (Op.BACKWARD, back, BACKWARD)):
+        rows = [row(6, 10, config=config), row(8, 12, config=other)]
+        rows[1] = replace(rows[1], source="heuristic")
+
+        def best(among: Sequence[PackRow], *sizes: int, op: Op = op, packed: int = 0) -> Any:
+            problem = replace(Problem(SPEC, *sizes), packed=packed)
+            return dispatch.best_row(among, problem, H100, op)
+
+        assert best(rows, 8, 1024, 8) is best(rows, 5, 1400, 13) is rows[0]
+        for sizes in ((8, 2048, 8), (8, 512, 8), (16, 1024, 8), (1, 65536, 64)):
+            assert best(rows, *sizes) is rows[1]
+            assert best(rows[:1], *sizes) is rows[0]  # better than none, and right
+        assert best(rows, 1, 8192, 8, packed=8) is rows[1]
+
+
+def test_what_programs_walk_is_not_cut_for_others(install: Any) -> None:
+    led = ForwardConfig(replace(CONFIG.fwd, lead=32), 704)
+    install(pack("p", row(6, 10, config=led)))
+    for problem in (Problem(SPEC, 1, 32768, 1), Problem(SPEC, 1, 8192, 8, packed=8)):
+        assert dispatch.decide(problem, H100).config == led
+
+
 ROWS = st.builds(
     row,
     st.integers(0, 12),

@@ -74,6 +74,8 @@ BACK_IN_TILES = BackwardConfig(CHUNK, TileKernelConfig(32, 32, 16, 4, 2), CHUNK)
 AT_ONCE = ChunksBackwardConfig(
     PrepareKernelConfig(32, 16, 4, 2), CHUNK, TileKernelConfig(64, 32, 16, 4, 2), CHUNK
 )
+LED = ForwardConfig(replace(CHUNK, lead=32), 64)
+BACK_LED = BackwardConfig(None, TileKernelConfig(32, 64, 64, 4, 2, dv=True, lead=32), None, 64)
 DECODE = DecodeConfig(DecodeKernelConfig(block_v=16, num_warps=2))
 BASE = 1 << 40
 """Where workspaces are said to be."""
@@ -179,6 +181,9 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
         PackRow.make("h100", "tuned", "", LOWRANK, Bucket(5, 9), BACK),
         PackRow.make("h100", "tuned", "", DENSE, Bucket(7, 9), BACK_IN_TILES),
         PackRow.make("h100", "tuned", "", DENSE, Bucket(8, 9), AT_ONCE),
+        PackRow.make("h100", "tuned", "", DENSE, Bucket(6, 10), LED),
+        PackRow.make("h100", "tuned", "", LOWRANK, Bucket(6, 10), LED),
+        PackRow.make("h100", "tuned", "", DENSE, Bucket(6, 10), BACK_LED),
         *(
             PackRow.make("h100", "heuristic", "", spec, Bucket(9, bucket), DECODE)
             for spec in (DENSE, LOWRANK, SCALAR)
@@ -200,6 +205,9 @@ NAMES = {
     (LOWRANK, PREPARED_SPLIT): "glac_sm90a_fwd_k64_v48_lowrank16_bf16_bh9_t13",
     (DENSE, BACK): "glac_sm90a_bwd_k64_v48_vector_bf16_gfp32_bh5_t9",
     (DENSE, BACK_CUT): "glac_sm90a_bwd_k64_v48_vector_bf16_gfp32_bh5_t13",
+    (DENSE, LED): "glac_sm90a_fwd_k64_v48_vector_bf16_gfp32_bh6_t10",
+    (LOWRANK, LED): "glac_sm90a_fwd_k64_v48_lowrank16_bf16_bh6_t10",
+    (DENSE, BACK_LED): "glac_sm90a_bwd_k64_v48_vector_bf16_gfp32_bh6_t10",
     (SCALAR, ONE_NUMBER): "glac_sm90a_fwd_k64_v48_scalar_bf16_gfp32_bh5_t9",
     (SCALAR, ONE_NUMBER_BACK): "glac_sm90a_bwd_k64_v48_scalar_bf16_gfp32_bh5_t9",
     (SCALAR, ONE_NUMBER_WALK): "glac_sm90a_bwd_k64_v48_scalar_bf16_gfp32_bh7_t9",
@@ -370,11 +378,12 @@ CASES: dict[str, dict[str, Any]] = {
             (WHOLE, "whole"),
             (PREPARED_SPLIT, "prepared, split"),
             (PREPARED, "prepared"),
+            (LED, "led"),
         )
         for spec in (DENSE, LOWRANK)
         for case in CASES
         # The others have no kernels to cut with.
-        if (config.summary or CASES[case].get("segment", 0) <= 0) and (spec, config) in NAMES
+        if (config.segment or CASES[case].get("segment", 0) <= 0) and (spec, config) in NAMES
     ],
 )
 def test_launches_are_those_of_python(
@@ -531,7 +540,7 @@ BACK_CASES: dict[str, dict[str, Any]] = {
 
 
 @needs_gcc
-@pytest.mark.parametrize("config", [BACK, BACK_CUT], ids=["whole", "cut"])
+@pytest.mark.parametrize("config", [BACK, BACK_CUT, BACK_LED], ids=["whole", "cut", "led"])
 @pytest.mark.parametrize("case", BACK_CASES)
 def test_gradients_launch_what_python_does(
     pack: Pack, built: Built, monkeypatch: pytest.MonkeyPatch, config: BackwardConfig, case: str
@@ -872,8 +881,8 @@ def test_the_text_depends_on_the_pack_alone(pack: Pack, tmp_path: Path) -> None:
     assert max(map(len, header.splitlines())) <= 100
     # Two GPUs with one config share a function; rows whose results PyTorch adds up have none.
     assert {name for name in NAMES.values() if f"int {name}(" in header} == set(NAMES.values())
-    assert header.count("_workspace(const glac_forward *call);") == 8
-    assert header.count("_workspace(const glac_backward *call);") == 4
+    assert header.count("_workspace(const glac_forward *call);") == 10
+    assert header.count("_workspace(const glac_backward *call);") == 5
     assert header.count("const glac_decode *call,\n    void *stream);") == 3
     assert "gla_bwd_k64_v48_lowrank16" not in source
     assert function_names(pack) == NAMES

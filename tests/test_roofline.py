@@ -171,6 +171,19 @@ def test_segments_add_summaries_and_states() -> None:
     assert summary.bytes == long.B * 15 * 2048 * 4 * 2 * (256 + 512 + 256) + states
 
 
+def test_programs_that_walk_to_their_segments_take_half_steps() -> None:
+    short = make_problem((8, 1024, 8, 64, 64))
+    (fwd,) = kernel_work(short, ForwardConfig(ChunkKernelConfig(64, 64, 4, 3, lead=64), 640), H200)
+    # The first program: 10 chunks; the second: 10 on its way, 6 with outputs.
+    assert (fwd.programs, fwd.steps) == (128, 11)
+    states = 2 * 64 * 64 * 64 * 4
+    assert fwd.bytes == short.bytes(Op.FORWARD) + states
+    grads = TileKernelConfig(32, 64, 64, 4, 3, dv=True, lead=32)
+    back, exact = kernel_work(short, BackwardConfig(None, grads, None, 256), H200)
+    assert (back.template, exact.template) == ("gla_bwd", "gla_bwd_exact")
+    assert (back.programs, back.steps) == (4 * 64, 8 + 16)
+
+
 def test_backward_segments_add_states_in_both_directions() -> None:
     long = make_problem((1, 32768, 4, 128, 128))
     config = BackwardConfig(WALK, TileKernelConfig(32, 64, 128, 4, 3), WALK, segment=1024)

@@ -19,7 +19,9 @@ from glac.configs import (
     BLOCKS_V,
     CHUNKS,
     CONFIGS,
+    KEEPS,
     KERNEL_CONFIGS,
+    LEADS,
     MAX_SEGMENTS,
     STAGES,
     WARPS,
@@ -64,6 +66,7 @@ from glac.templates import (
     TEMPLATES,
     active_args,
     constants,
+    kernel_leads,
     pointer_type,
     sources_sha256,
     state_dtype,
@@ -97,6 +100,7 @@ CHUNK_CONFIGS = st.builds(
     st.sampled_from(WARPS),
     st.sampled_from(STAGES),
     st.booleans(),
+    st.sampled_from(LEADS),
 )
 TILE_CONFIGS = st.builds(
     TileKernelConfig,
@@ -107,6 +111,8 @@ TILE_CONFIGS = st.builds(
     st.sampled_from(STAGES),
     st.booleans(),
     st.booleans(),
+    st.sampled_from(KEEPS),
+    st.sampled_from(LEADS),
 )
 EXACT_CONFIGS = st.builds(
     ExactKernelConfig,
@@ -143,7 +149,7 @@ FORWARD_CONFIGS = st.builds(
     st.none() | PREPARE_CONFIGS,
 )
 BACKWARD_CONFIGS = st.builds(
-    BackwardConfig, CHUNK_CONFIGS, TILE_CONFIGS, st.none() | CHUNK_CONFIGS
+    BackwardConfig, st.none() | CHUNK_CONFIGS, TILE_CONFIGS, st.none() | CHUNK_CONFIGS
 )
 ALL_CONFIGS = (
     FORWARD_CONFIGS
@@ -214,6 +220,7 @@ STRICT: list[tuple[Any, Any]] = [
 
 MAY_BE_MISSING = {
     (ForwardConfig, "summary"),
+    (BackwardConfig, "states"),
     (BackwardConfig, "dv"),
     *((ScalarBackwardConfig, part) for part in ("chunks", "grads", "dv")),
 }
@@ -223,12 +230,9 @@ MAY_BE_MISSING = {
 def test_from_dict_is_strict(case: tuple[Any, Any], data: st.DataObject) -> None:
     cls, value = case
     good = value.to_dict()
-    # These are older than such keys, and usually without them.
-    optional = {
-        (ForwardConfig, "prepare"),
-        (Specialisation, "precision"),
-        (TileKernelConfig, "keep"),
-    }
+    # Forward configs and specialisations are older than these keys, and usually without them.
+    optional = {(ForwardConfig, "prepare"), (Specialisation, "precision")}
+    optional |= {(cls, name) for name in getattr(cls, "OMITTED", ())}
     keys = [field.name for field in fields(cls) if (cls, field.name) not in optional]
     key = data.draw(st.sampled_from(keys))
     without = {k: v for k, v in good.items() if k != key}
@@ -238,7 +242,7 @@ def test_from_dict_is_strict(case: tuple[Any, Any], data: st.DataObject) -> None
         cls.from_dict({**good, "surprise": 1})
     junk = data.draw(JUNK)
     hypothesis.assume(junk is not None or (cls, key) not in MAY_BE_MISSING)
-    hypothesis.assume(not (isinstance(junk, bool) and key in ("tma", "dv")))
+    hypothesis.assume(not (isinstance(junk, bool) and key in ("tma", "dv", "turned")))
     with pytest.raises(ConfigError):
         cls.from_dict({**good, key: junk})
     with pytest.raises(ConfigError, match="wanted a mapping"):
@@ -400,6 +404,13 @@ def _chunk(**changes: Any) -> ChunkKernelConfig:
         (ForwardConfig(_chunk(), 96, _chunk(chunk=64)), "multiple of 64"),
         (ForwardConfig(_chunk(), -32, _chunk()), "segment must be a positive multiple"),
         (ForwardConfig(_chunk(), 256, _chunk(chunk=8)), "summary.chunk"),
+        (ForwardConfig(_chunk(lead=64), 192), ""),
+        (ForwardConfig(_chunk(lead=64)), "segment must be a positive multiple of 64"),
+        (ForwardConfig(_chunk(lead=64), 160), "segment must be a positive multiple of 64"),
+        (ForwardConfig(_chunk(lead=24), 192), "fwd.lead must be one of"),
+        (ForwardConfig(_chunk(lead=32), 192, _chunk()), "needs neither summary nor prepare"),
+        (ForwardConfig(_chunk(lead=32), 192, None, PREPARE), "needs neither summary nor"),
+        (ForwardConfig(_chunk(), 192, _chunk(lead=32)), "summary.lead must be 0"),
         (ForwardConfig(_chunk(), prepare=PREPARE), ""),
         (ForwardConfig(_chunk(), 256, _chunk(), PREPARE), ""),
         (ForwardConfig(_chunk(chunk=64), prepare=PREPARE), "fwd.chunk must be prepare.chunk 32"),
@@ -439,6 +450,12 @@ def _tile(**changes: Any) -> TileKernelConfig:
         ({"grads": _tile(dv=True, block_k=128)}, "dv must be given exactly when"),
         ({"dv": None}, "dv must be given exactly when"),
         ({"dv": _chunk(block_v=256)}, "dv.block_v 256 exceeds V padded to 128"),
+        ({"grads": _tile(lead=64), "states": None, "segment": 192}, ""),
+        ({"grads": _tile(lead=64), "states": None}, "segment must be a positive multiple of 64"),
+        ({"grads": _tile(lead=64), "segment": 192}, "states must be given exactly when"),
+        ({"states": None}, "states must be given exactly when grads.lead is 0"),
+        ({"grads": _tile(lead=32, keep=2), "states": None, "segment": 192}, "needs grads.keep 1"),
+        ({"states": _chunk(lead=32)}, "states.lead must be 0"),
         ({"states": _chunk(chunk=8)}, "states.chunk must be one of"),
         ({"states": _chunk(chunk=64)}, "must be a multiple of states.chunk 64"),
     ],
@@ -643,7 +660,7 @@ def test_abi(name: str, spec: Specialisation, data: st.DataObject) -> None:
     hypothesis.assume(template_ops(name)[0].serves(spec.gate))
     config = data.draw(KERNEL_CONFIG_STRATEGIES[KERNEL_CONFIGS[name]])
     kernel = KernelSpec(name, spec, config, "sm_90a")
-    args = active_args(name, kernel.spec)
+    args = active_args(name, kernel.spec, leads=kernel_leads(config))
     # What exists at run time and what is compiled in share no name.
     assert not {arg.name for arg in args} & set(constants(name, kernel.spec, config))
     kinds = [arg.is_pointer for arg in args]

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from glac.configs import Config, ForwardConfig
+from glac.configs import Config, ForwardConfig, leads
 from glac.errors import GlacError
 from glac.plan import Kernel, Plan
 from glac.problem import DECODE_TOKENS, DType, Op, Precision, Problem, Specialisation
@@ -101,7 +101,8 @@ class Checker:
 
     def _small_cases(self, config: Config) -> dict[str, Case]:
         """Small cases at a length that is no multiple of any chunk or segment."""
-        step = config.segment if isinstance(config, ForwardConfig) else 0
+        cuts = isinstance(config, ForwardConfig) or leads(config)
+        step = getattr(config, "segment", 0) if cuts else 0
         tokens = max(RAGGED_TOKENS, 2 * step + 77 if step else 0)
         if self._op is Op.DECODE:
             tokens = DECODE_TOKENS

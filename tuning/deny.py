@@ -14,7 +14,7 @@ from glac.problem import Op, Specialisation
 from glac.tuned import Denied, Evidence, TunedFile
 from glac.tuning.evaluate import BROKEN, Outcome
 
-_TILE = ("chunk", "block_k", "block_v", "num_warps", "dv")
+_TILE = ("chunk", "block_k", "block_v", "num_warps", "dv", "lead")
 _FEWEST = 2
 _EVIDENCE = 5
 

@@ -115,8 +115,10 @@ def predicted_us(problem: Problem, config: Config, gpu: GpuSpec) -> float:
     states *= math.ceil(problem.T / grads.kept_tokens)
     moved = rows * (2 * k_bytes * v_tiles + 2 * v_bytes * k_tiles) + states
     seconds = _walk_seconds(problem, grads, gpu, moved, 8 if grads.dv else 6)
-    moved = rows * (k_bytes * math.ceil(padded_v(spec) / config.states.block_v) + v_bytes) + states
-    seconds += _walk_seconds(problem, config.states, gpu, moved, 1)
+    if config.states is not None:
+        v_tiles = math.ceil(padded_v(spec) / config.states.block_v)
+        moved = rows * (k_bytes * v_tiles + v_bytes) + states
+        seconds += _walk_seconds(problem, config.states, gpu, moved, 1)
     if config.dv is not None:
         tiles = math.ceil(padded_v(spec) / config.dv.block_v)
         moved = rows * (k_bytes * tiles + 2 * v_bytes)

@@ -52,12 +52,17 @@ def _numbers(prefix: str, values: Mapping[str, Any]) -> Coordinates:
     return found
 
 
+def _way(lead: int, segment: int) -> Coordinates:
+    """Of segments that programs walk to, whose lengths are no powers of two."""
+    return {"way_segment": segment // lead} if lead else {}
+
+
 def coordinates(config: Config) -> Coordinates:
     """A config as a point. Two configs may share one; they are told apart by name."""
     if isinstance(config, BackwardConfig):
         # Where the gradient kernel does the values too, their coordinates are the neutral ones.
         values = config.dv or ChunkKernelConfig(
-            config.states.chunk,
+            config.states.chunk if config.states else config.grads.chunk,
             config.grads.block_v,
             config.grads.num_warps,
             config.grads.num_stages,
@@ -65,9 +70,10 @@ def coordinates(config: Config) -> Coordinates:
         )
         return {
             **_tile("", config.grads),
-            **_tile("states_", config.states),
+            **_tile("states_", config.states or values),
             **_tile("dv_", values),
             "segment": _exponent(config.segment),
+            **_way(config.grads.lead, config.segment),
         }
     if not isinstance(config, ForwardConfig):
         return _numbers("", config.to_dict())
@@ -79,6 +85,7 @@ def coordinates(config: Config) -> Coordinates:
         "summary_differs": int(other),
         "prepared": int(config.prepare is not None),
         **prepare,
+        **_way(config.fwd.lead, config.segment),
     }
 
 

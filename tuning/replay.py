@@ -46,8 +46,8 @@ from glac.tuning.space import Space, make_problem
 COLUMNS = ("B", "T", "H", "K", "V", "gate", "config", "status", "us")
 REPLAY_SESSION = "glac.tuning.replay:replay_session"
 
-_WALK = re.compile(r"c(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?")
-_TILE = re.compile(r"c(\d+)_bk(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?(_dv)?(?:_k(\d+))?")
+_WALK = re.compile(r"c(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?(?:_l(\d+))?")
+_TILE = re.compile(r"c(\d+)_bk(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?(_dv)?(?:_k(\d+))?(?:_l(\d+))?")
 _PREPARE = re.compile(r"c(\d+)_bk(\d+)_w(\d+)_s(\d+)")
 _DECODE = re.compile(r"bv(\d+)_w(\d+)(?:_r(\d+))?")
 _GATE = re.compile(r"([a-z]+)(\d*)")
@@ -58,7 +58,8 @@ def _walk(slug: str) -> ChunkKernelConfig:
     if not found:
         raise ValueError(f"{slug!r} is no tile such as c32_bv64_w4_s3")
     chunk, block_v, warps, stages = map(int, found.groups()[:4])
-    return ChunkKernelConfig(chunk, block_v, warps, stages, found.group(5) is not None)
+    tma, lead = found.group(5) is not None, int(found.group(6) or 0)
+    return ChunkKernelConfig(chunk, block_v, warps, stages, tma, lead)
 
 
 def _tile(slug: str) -> TileKernelConfig:
@@ -67,8 +68,8 @@ def _tile(slug: str) -> TileKernelConfig:
         raise ValueError(f"{slug!r} is no tile such as c32_bk64_bv64_w4_s3_dv")
     chunk, block_k, block_v, warps, stages = map(int, found.groups()[:5])
     tma, dv = found.group(6) is not None, found.group(7) is not None
-    keep = int(found.group(8) or 1)
-    return TileKernelConfig(chunk, block_k, block_v, warps, stages, tma, dv, keep)
+    keep, lead = int(found.group(8) or 1), int(found.group(9) or 0)
+    return TileKernelConfig(chunk, block_k, block_v, warps, stages, tma, dv, keep, lead)
 
 
 def _prepare(slug: str) -> PrepareKernelConfig:
@@ -105,10 +106,15 @@ def _config(slug: str, gate: Gate) -> Config:
             _prepare(named["pre"]), _walk(named["wk"]), _tile(main), _walk(named["st"]), segment
         )
     if "_bk" in main:
-        return BackwardConfig(_walk(named["st"]), _tile(main), dv, segment)
+        grads = _tile(main)
+        states = None if grads.lead else _walk(named["st"])
+        return BackwardConfig(states, grads, dv, segment)
+    fwd = _walk(main)
+    if segment and not fwd.lead and "summary" not in named:
+        raise ValueError(f"{slug!r} lacks the kernel that summarises segments")
     summary = _walk(named["summary"]) if "summary" in named else None
     prepare = _prepare(named["pre"]) if "pre" in named else None
-    return ForwardConfig(_walk(main), segment, summary, prepare)
+    return ForwardConfig(fwd, segment, summary, prepare)
 
 
 def parse_slug(slug: str, gate: Gate = Gate.VECTOR) -> Config:

@@ -6,6 +6,9 @@ Forward:
     warps     4 8, and 2 for small tiles  stages    1 2 3 4
     tma       no, yes (Hopper)            segment   0, and powers of two from 256 to T/2
 
+    lead      where heads are few and sequences short, bf16 on Hopper: the chunk; the first segment
+              has half of the sequence or more
+
     prepare   where V >= 2K, bf16 on Hopper: chunk 32 64, block_k 32 64, warps 2 4, stages 1 2 3
 
 Backward, the three kernels one after the other, so that each list is short:
@@ -13,6 +16,8 @@ Backward, the three kernels one after the other, so that each list is short:
     gradients of q, k, gate (and v)       chunk 16 32, block_k and block_v to 128, warps 4 8,
                                           stages 2 3 4, tma; with v only where a tile has all of K;
                                           states kept every chunk, or every 4 or 8
+    lead                                  as forward, the chunk or twice as much; segments of a
+                                          quarter to a half of the sequence
     states, gradient of v                 as forward
     all chunks' gradients at once         bf16 on Hopper, where V >= 2K, or a low-rank gate and
                                           K > 64: a few tiles for each kernel
@@ -97,6 +102,20 @@ CHUNK_TILES = (
 """Of the kernel that makes all chunks' gradients at once, likewise."""
 PREPARED_SPLIT = 3
 """Prepared configs of each segment length."""
+LEAD_LONGEST = 4096
+LEADS = (
+    (64, 1, 3, True),
+    (64, 1, 4, True),
+    (64, 2, 3, True),
+    (32, 1, 4, True),
+    (32, 1, 3, True),
+    (64, 1, 3, False),
+)
+"""Chunk, also on the way to a segment; V tiles; stages; descriptors: measured on an H100."""
+LEAD_SPLITS = (8, 10, 11)
+"""Sixteenths of a sequence that the first segment has, whose program has no way to go."""
+LEAD_GRADS_SPLITS = (4, 8)
+"""The same backward, where every program walks through the whole sequence."""
 SMALLEST_SEGMENT = 256
 LONG_SEQUENCE = 8192
 PROGRAMS_PER_SM = 2
@@ -176,7 +195,9 @@ def _prior(config: ForwardConfig, problem: Problem, gpu: GpuSpec) -> float:
     empty = math.log2(gpu.sm_count / programs)
     cost = max(0.0, empty) + 0.5 * max(0.0, 1.0 + empty)
     if config.segment:
-        cost += 0.8 + (1.0 if config.segment < 8 * config.fwd.chunk else 0.0)
+        # With a way to it a segment takes no other kernels.
+        apart = 0.0 if config.fwd.lead else 0.8
+        cost += apart + (1.0 if config.segment < 8 * config.fwd.chunk else 0.0)
     if config.prepare is None:
         return cost + _tile_prior(config.fwd, problem.spec)
     # Before most others, where there are any.
@@ -211,6 +232,67 @@ def _segment_lengths(problem: Problem, gpu: GpuSpec) -> list[int]:
             lengths.append(length)
         length *= 2
     return lengths[-6:]
+
+
+def _leading(problem: Problem, gpu: GpuSpec) -> bool:
+    """Whether programs that walk to their segments are worth a try.
+
+    Measured on an H100: at 32 and 64 heads, 1024 and 2048 tokens, 64 and 128 channels they win.
+    What each walks grows with T.
+    """
+    spec = problem.spec
+    few = gpu.sm_count >= 2 * problem.B * problem.H and padded_k(spec) <= 128
+    hopper = spec.dtype is DType.BF16 and gpu.capability >= (9, 0)
+    return few and hopper and SMALLEST_SEGMENT <= problem.T <= LEAD_LONGEST
+
+
+def _split(problem: Problem, step: int, sixteenths: Sequence[int]) -> list[int]:
+    """Segments that are such parts of the sequence, in multiples of ``step``, each once."""
+    parts = [step * max(1, round(problem.T * part / 16 / step)) for part in sixteenths]
+    return [length for length in dict.fromkeys(parts) if length < problem.T]
+
+
+def _lead_configs(problem: Problem, gpu: GpuSpec) -> list[ForwardConfig]:
+    """Programs that walk to their segments, each with all of V or half of it."""
+    spec = problem.spec
+    # Wider values gain more from chunks that are prepared once for all tiles of V.
+    if not _leading(problem, gpu) or spec.V >= 2 * spec.K:
+        return []
+    whole = min(padded_v(spec), 128)
+    warps = 8 if whole * padded_k(spec) > 64 * 64 else 4
+    tiles = [
+        ChunkKernelConfig(chunk, max(16, whole // tiles), warps, stages, tma, lead=chunk)
+        for chunk, tiles, stages, tma in LEADS
+    ]
+    found = [
+        ForwardConfig(tile, length)
+        for tile in tiles
+        for length in _split(problem, tile.chunk, LEAD_SPLITS)
+    ]
+    return [config for config in found if why_illegal(spec, config, gpu) is None]
+
+
+def _lead_gradients(
+    problem: Problem,
+    gpu: GpuSpec,
+    tiles: Sequence[TileKernelConfig],
+    values: Sequence[ChunkKernelConfig | None],
+) -> list[BackwardConfig]:
+    """The best tiles of gradients with the way to each segment, and kernels for dv beside them.
+
+    On an H100 dv apart won with a low-rank gate at 128 channels, and nowhere else.
+    """
+    if not _leading(problem, gpu):
+        return []
+    leading = [tile for tile in tiles if tile.tma and tile.chunk >= 32]
+    found = [
+        BackwardConfig(None, replace(tile, lead=lead), dv, length)
+        for tile in (leading if values == [None] else leading[:1])
+        for lead in (tile.chunk, 2 * tile.chunk)
+        for dv in values
+        for length in _split(problem, lead, LEAD_GRADS_SPLITS if dv is None else (8,))
+    ]
+    return [config for config in found if why_illegal(problem.spec, config, gpu) is None]
 
 
 def _prepared_configs(problem: Problem, gpu: GpuSpec) -> list[ForwardConfig]:
@@ -249,16 +331,17 @@ def _forward_configs(
     lengths = _segment_lengths(problem, gpu)
     prepared = _prepared_configs(problem, gpu)
     prepared.sort(key=lambda c: (_prior(c, problem, gpu), c.slug))
+    leading = _lead_configs(problem, gpu)
     split = [
         replace(config, segment=length, summary=config.fwd)
         for config in prepared[:PREPARED_SPLIT]
         for length in lengths
     ]
-    left = EXHAUSTIVE - len(single) - len(prepared) - len(split) - 1
+    left = EXHAUSTIVE - len(single) - len(prepared) - len(leading) - len(split) - 1
     room = min(60, max(20, left)) // max(1, len(lengths))
     walkers = [c.fwd for c in single if c.fwd.num_stages >= 2][:room]
     split += [ForwardConfig(tile, length, tile) for tile in walkers for length in lengths]
-    found = (*single, *prepared, *split)
+    found = (*single, *prepared, *leading, *split)
     legal = [c for c in found if why_illegal(spec, c, gpu) is None]
     legal = [c for c in dict.fromkeys(legal) if c != default]
     legal.sort(key=lambda c: (_prior(c, problem, gpu), c.slug))
@@ -371,7 +454,8 @@ def _backward_configs(
     # For the values' gradient every tile once: which one wins changes with the number of heads.
     by_tile = _by_tile(walks)
     chunks = _chunks_configs(problem, gpu)
-    found = []
+    found: list[BackwardConfig] = []
+    leading: list[BackwardConfig] = []
     for dv in (False, True):
         tiles = _grads_tiles(spec, gpu, dv)
         # The state that is walked again lives beside the state's gradient.
@@ -380,13 +464,16 @@ def _backward_configs(
             for t in tiles
             if t.block_k * t.block_v // (32 * t.num_warps) <= room and (t.num_warps == 4 or not dv)
         ]
-        apart = [replace(tile, keep=keep) for tile in roomy[:1] for keep in KEEPS_TRIED]
+        # It spares windows, which few heads and short sequences do not have.
+        keeps = () if _leading(problem, gpu) else KEEPS_TRIED
+        apart = [replace(tile, keep=keep) for tile in roomy[:1] for keep in keeps]
         for grads in (*tiles, *apart):
             states = [t for t in walks if grads.chunk % t.chunk == 0]
             states = states[: STATES_TRIED if grads.keep == 1 else 1]
             values = [None] if dv else by_tile[: DV_BESIDE if chunks else DV_TRIED]
             found += [BackwardConfig(s, grads, v) for s in states for v in values]
-    cut = [cut_backward(c, spec, problem.bucket, gpu) for c in found]
+        leading += _lead_gradients(problem, gpu, tiles, [None] if dv else by_tile[:2])
+    cut = [cut_backward(c, spec, problem.bucket, gpu) for c in found] + leading
     legal = [c for c in cut if why_illegal(spec, c, gpu) is None and c != default]
     legal.sort(key=lambda c: (_grads_prior(c.grads, spec, gpu), c.slug))
     # Whole as well: 4 heads of 32768 tokens take 2098 us so, and more in any segments.

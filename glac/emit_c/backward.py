@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from glac.configs import BackwardConfig, ScalarBackwardConfig
+from glac.configs import BackwardConfig, ScalarBackwardConfig, leads
 from glac.emit_c.functions import Function
 from glac.emit_c.launches import (
     Kernels,
@@ -108,8 +108,9 @@ def _segment_launches(config: BackwardConfig) -> tuple[Launch, ...]:
         "summarise": "0",
         "from_start": "s->from_start",
     }
+    states = () if leads(config) else (Launch("gla_states", kept, _AT_ONCE),)
     return (
-        Launch("gla_states", kept, _AT_ONCE),
+        *states,
         Launch("gla_bwd", _WALK, _AT_ONCE),
         Launch("gla_bwd_exact", _WALK, _AT_ONCE),
     )
@@ -133,10 +134,11 @@ def _define(item: Function, kernels: Kernels) -> Iterator[str]:
     else:
         assert isinstance(config, BackwardConfig)
         inner = _segment_launches(config)
+        borders = () if leads(config) else _BORDERS
         behind = () if config.dv is None else (_DV,)
-        launches = (*_BORDERS, *inner, *behind)
+        launches = (*borders, *inner, *behind)
         body = [
-            *_launched(item, kernels, _BORDERS),
+            *_launched(item, kernels, borders),
             "  while (next_segments(s)) {",
             *_launched(item, kernels, inner, "    "),
             "  }",
@@ -148,9 +150,10 @@ def _define(item: Function, kernels: Kernels) -> Iterator[str]:
             "segment": segment,
             "step": step,
             "kept_tokens": grads.kept_tokens,
-            "tiles": kernels.of(item, inner[1]).tiles,
+            "tiles": kernels.of(item, inner[-1]).tiles,
             "state_bytes": spec.K * spec.V * bytes_each,
             "again_bytes": grads.found_again * bytes_each,
+            "leads": int(leads(config)),
         }
         values = ", ".join(f".{name} = {value}" for name, value in way.items())
         sized = [
@@ -279,6 +282,7 @@ typedef struct row_way {
   int64_t tiles;          /* programs of a segment of a head */
   int64_t state_bytes;    /* of one that is kept */
   int64_t again_bytes;    /* of those that a program finds again between kept ones */
+  int64_t leads;          /* whether programs find the states before and behind segments */
 } row_way;
 
 /* Segments, or windows of whole sequences, and how many go into one launch: glac.backward.cut. */
@@ -296,7 +300,7 @@ static int cut(const glac_backward *call, gradient_sizes *s, const row_way *way)
   } else {
     segments_of(T, segment, packed, &count, &length);
   }
-  s->chained = count == 1 && !packed;
+  s->chained = count == 1 && !packed && !way->leads;
   int64_t at_once = 1;
   if (s->chained) {
     int64_t steps = ceil_div(T, way->step), windows = 1;
@@ -326,7 +330,9 @@ static int take_segments(const glac_backward *call, gradient_sizes *s, const row
   if (status) return status;
   size_t heads = (size_t)call->B * (size_t)s->H, programs = heads * (size_t)s->at_once;
   size_t borders = heads * (size_t)s->n_seg, state = (size_t)(K * V) * 4;
-  if (!s->chained) {
+  if (way->leads) {
+    s->ends = take(&s->end, borders * state);
+  } else if (!s->chained) {
     s->starts = take(&s->end, borders * state);
     s->decay = take(&s->end, borders * (size_t)K * 4);
     s->ends = take(&s->end, borders * state);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from glac.configs import BackwardConfig, Config, ForwardConfig
+from glac.configs import BackwardConfig, Config, ForwardConfig, leads
 from glac.emit_c.functions import Function
 from glac.emit_c.launches import Launch, stride_of
 
@@ -18,7 +18,7 @@ def cuts(config: Config) -> tuple[int, int]:
     """Tokens of a row's own segments, and what others are a multiple of; 0 where it has none."""
     if isinstance(config, BackwardConfig):
         return config.segment, config.chunk_step
-    if isinstance(config, ForwardConfig) and config.summary is not None:
+    if isinstance(config, ForwardConfig) and (config.summary is not None or leads(config)):
         return config.segment, config.chunk_step
     return 0, 0
 

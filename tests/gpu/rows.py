@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glac import backward, dispatch
-from glac.configs import BackwardConfig, ForwardConfig
+from glac.configs import BackwardConfig, ChunksBackwardConfig, Config, ForwardConfig
 from glac.forward import run_forward
 from glac.gate import GateInput
 from glac.launch import load_from_pack
@@ -71,6 +71,14 @@ def _gate(x: Inputs) -> GateInput:
     return GateInput((x.g,)) if x.g is not None else GateInput((x.x, x.weight, x.bias), 1 / 16)
 
 
+def backward_chunk(config: Config) -> int:
+    """Tokens of a chunk of the kernel that makes gradients."""
+    if isinstance(config, ChunksBackwardConfig):
+        return config.chunks.chunk
+    assert isinstance(config, BackwardConfig)
+    return config.grads.chunk
+
+
 def run_forward_row(pack: Pack, row: PackRow, x: Inputs) -> Tensors:
     """Output and final state."""
     assert isinstance(row.config, ForwardConfig)
@@ -85,7 +93,7 @@ def run_backward_row(
     pack: Pack, row: PackRow, x: Inputs, do: Tensor, dht: Tensor | None
 ) -> Tensors:
     """Gradients by name."""
-    assert isinstance(row.config, BackwardConfig)
+    assert isinstance(row.config, BackwardConfig | ChunksBackwardConfig)
     scale = row.spec.K**-0.5
     dq, dk, dv, gates, dh0 = backward.run_backward(
         _plan(pack, row, x),

@@ -51,7 +51,7 @@ def main() -> int:
         print("needs a CUDA device", file=sys.stderr)
         return 2
 
-    from glac.configs import BackwardConfig, ForwardConfig
+    from glac.configs import ForwardConfig
     from glac.pack import Pack, PackRow
     from glac.problem import Op
     from glac.testing import Inputs
@@ -76,8 +76,7 @@ def main() -> int:
         return [rows.why_wrong(x, results, x.v, precision=row.spec.precision)]
 
     def run_backward(pack: Pack, row: PackRow) -> list[str]:
-        assert isinstance(row.config, BackwardConfig)
-        x = case(row, 2 * row.config.grads.chunk + 5)
+        x = case(row, 2 * rows.backward_chunk(row.config) + 5)
         do, dht = ends_of(x)
         tensors = (on_device(x), do.to(device), dht.to(device))
         whole = rows.run_backward_row(pack, row, *tensors)

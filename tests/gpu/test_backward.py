@@ -22,7 +22,7 @@ from torch import Tensor
 
 from glac import dispatch
 from glac.attention import chunk_gla, chunk_gla_lowrank
-from glac.configs import BackwardConfig
+from glac.configs import BackwardConfig, ChunksBackwardConfig
 from glac.errors import KernelNotFoundError
 from glac.pack import Pack, PackRow
 from glac.problem import Op, Problem
@@ -43,6 +43,7 @@ from tests.gpu.rows import (
     TF32_CEILING,
     TF32_STEEP,
     Tensors,
+    backward_chunk,
     hard,
     in_tf32,
     partly_hard,
@@ -289,9 +290,12 @@ def test_every_row_of_the_packs(packed: Packed) -> None:
     """Each shipped config at lengths around its chunk, mild and hard gates, and in windows."""
     failures = []
     for pack, row in packed.rows(Op.BACKWARD):
-        assert isinstance(row.config, BackwardConfig)
-        chunk = row.config.grads.chunk
-        for tokens in (1, chunk, chunk + 1, 3 * chunk + 9):
+        assert isinstance(row.config, BackwardConfig | ChunksBackwardConfig)
+        chunk = backward_chunk(row.config)
+        lengths = [1, chunk, chunk + 1, 3 * chunk + 9]
+        if row.config.states is None:  # programs walk to their segments
+            lengths.append(2 * row.config.segment + 33)
+        for tokens in lengths:
             x = row_inputs(row, 2, tokens, 3, packed.device)
             for kind, case in (("mild", x), ("partly hard", partly_hard(x))):
                 where = f"{row.spec.slug} {row.config.slug} T={tokens} {kind}"
@@ -328,7 +332,9 @@ def test_repeats_of_every_row_are_bit_equal(packed: Packed) -> None:
     """Forward and backward a thousand times."""
     failures = []
     for pack, row in packed.rows(Op.BACKWARD):
-        x = partly_hard(row_inputs(row, 2, 300, 4, packed.device))
+        assert isinstance(row.config, BackwardConfig | ChunksBackwardConfig)
+        tokens = 300 if row.config.states else 2 * row.config.segment + 33
+        x = partly_hard(row_inputs(row, 2, tokens, 4, packed.device))
         do, dht = ends_of(x)
 
         def run(
@@ -823,3 +829,30 @@ def test_first_backward_of_a_process(packed: Packed, gate: str) -> None:
     result = json.loads(done.stdout)
     assert result["provider"] == "pack"
     assert result["finite"]
+
+
+# --- programs that walk to their segments ------------------------------------------------------
+
+
+@EVERY_GATE
+@pytest.mark.parametrize("tokens", [800, 1024, 1400])
+@pytest.mark.parametrize("kind", ["mild", "partly hard"])
+def test_few_heads_of_short_sequences(packed: Packed, gate: str, tokens: int, kind: str) -> None:
+    """Sizes whose rows, where tuned, have programs that walk to their segments themselves."""
+    x = packed.draw(5, tokens, 11, 64, 64, gate=gate, initial_state=True, backward=True)
+    x = partly_hard(x) if kind == "partly hard" else x
+    do, dht = ends_of(x)
+    got = gradients(x, do, dht)
+    reason = why_wrong(x, got, do, dht)
+    assert not reason, reason
+    for _ in range(3):  # the short way from the second call on
+        assert_same_bits(got, gradients(x, do, dht))
+    leaves = leaves_of(x, ())
+    o, _ = call(leaves)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again, _ = call(leaves)
+    again.zero_()
+    graph.replay()
+    assert torch.equal(bits(again), bits(o))
+    assert torch.equal(bits(o), bits(got["o"]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from glac import fallback
 from glac.attention import chunk_gla, chunk_gla_lowrank
 from glac.backward import run_backward
-from glac.configs import BackwardConfig, ForwardConfig
+from glac.configs import BackwardConfig, ChunksBackwardConfig, ForwardConfig
 from glac.forward import run_forward
 from glac.gate import GateInput
 from glac.launch import load_from_pack
@@ -179,7 +179,7 @@ def test_packed_is_separate_bit_for_bit(packed: Packed) -> None:
     ran = 0
     for op in (Op.FORWARD, Op.BACKWARD):
         for pack, row in packed.rows(op):
-            assert isinstance(row.config, ForwardConfig | BackwardConfig)
+            assert isinstance(row.config, ForwardConfig | BackwardConfig | ChunksBackwardConfig)
             if 0 < row.config.segment < 900:
                 continue  # a dense call takes another way through short sequences
             x = packed_row(row, packed.device)

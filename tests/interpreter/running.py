@@ -32,7 +32,7 @@ from glac.gate import STEP_MIN, GateInput
 from glac.gpus import GPUS
 from glac.interpret import interpreted_plan
 from glac.layouts import laid_out
-from glac.plan import Kernel
+from glac.plan import Kernel, Plan
 from glac.problem import Problem
 from glac.reference import recurrent_gla, relative_rms, yardstick_chunk_gla
 from glac.templates import stride_unit
@@ -99,9 +99,15 @@ def config(
     summary_chunk: int = 0,
     tma: bool = False,
     prepare: int = 0,
+    lead: int = 0,
 ) -> ForwardConfig:
-    """``prepare``: key channels at a time of ``gla_prepare``; 0: ``gla_fwd`` does its work."""
-    fwd = ChunkKernelConfig(chunk, block_v, 4, 2, tma)
+    """``prepare``: key channels at a time of ``gla_prepare``; 0: ``gla_fwd`` does its work.
+
+    With ``lead`` programs walk to their segments, so many tokens at a time.
+    """
+    fwd = ChunkKernelConfig(chunk, block_v, 4, 2, tma, lead)
+    if lead:
+        return ForwardConfig(fwd, segment)
     if prepare:
         summary_chunk = chunk
     summary = replace(fwd, chunk=summary_chunk or chunk) if segment else None
@@ -203,6 +209,10 @@ def configs(draw: st.DrawFn) -> ForwardConfig:
     """Configs of every chunk, segment and copy mode, not all legal for every problem."""
     chunk, summary = draw(st.sampled_from([16, 32])), draw(st.sampled_from([16, 32]))
     segment = draw(st.sampled_from([0, 16, 32, 64]))
+    if lead := draw(st.sampled_from([0, 0, 16, 32])):
+        length = draw(st.sampled_from([32, 64, 96]))
+        tile = draw(st.sampled_from([16, 32]))
+        return config(chunk, tile, length, tma=draw(st.booleans()), lead=lead)
     if segment % max(chunk, summary):
         segment = 64
     return config(
@@ -227,19 +237,36 @@ def backward_config(
     dv_chunk: int = 0,
     tma: bool = False,
     keep: int = 1,
+    lead: int = 0,
+    segment: int = 0,
 ) -> BackwardConfig:
-    """``dv_chunk`` is that of ``gla_bwd_dv``; 0: ``gla_bwd`` makes dv itself."""
+    """``dv_chunk`` is that of ``gla_bwd_dv``; 0: ``gla_bwd`` makes dv itself.
+
+    With ``lead`` programs walk to their segments, so many tokens at a time.
+    """
+    states = None if lead else ChunkKernelConfig(states_chunk or chunk, 16, 4, 2, tma)
     return BackwardConfig(
-        ChunkKernelConfig(states_chunk or chunk, 16, 4, 2, tma),
-        TileKernelConfig(chunk, block_k, block_v, 4, 2, tma, dv=not dv_chunk, keep=keep),
+        states,
+        TileKernelConfig(chunk, block_k, block_v, 4, 2, tma, not dv_chunk, keep, lead),
         ChunkKernelConfig(dv_chunk, block_v, 4, 2, tma) if dv_chunk else None,
+        segment,
     )
 
 
 @st.composite
 def backward_configs(draw: st.DrawFn) -> BackwardConfig:
     """Configs of every chunk, tile and copy mode, for ``fitted``."""
-    chunk = draw(st.sampled_from([16, 32]))
+    chunk, lead = draw(st.sampled_from([16, 32])), draw(st.sampled_from([0, 0, 16, 32]))
+    if lead:
+        return backward_config(
+            chunk,
+            draw(st.sampled_from([16, 32])),
+            draw(st.sampled_from([16, 32])),
+            dv_chunk=draw(st.sampled_from([0, 16, 32])),
+            tma=draw(st.booleans()),
+            lead=lead,
+            segment=draw(st.sampled_from([32, 64, 96])),
+        )
     return backward_config(
         chunk,
         draw(st.sampled_from([16, 32])),
@@ -262,10 +289,12 @@ def fitted(x: Inputs, cfg: BackwardConfig) -> BackwardConfig:
         cfg.grads.chunk,
         block_k,
         min(cfg.grads.block_v, padded_v(spec)),
-        states_chunk=cfg.states.chunk,
+        states_chunk=cfg.states.chunk if cfg.states else 0,
         dv_chunk=dv_chunk or (16 if block_k < padded_k(spec) else 0),
         tma=cfg.grads.tma and aligned,
         keep=cfg.grads.keep,
+        lead=cfg.grads.lead,
+        segment=cfg.segment,
     )
 
 
@@ -346,7 +375,7 @@ def run_gradients(
     problem = problem_of(x)
     spec = problem.spec
     assert legal(x, cfg)
-    plan = interpreted_plan(problem, cfg)
+    plan: Plan[Any] = interpreted_plan(problem, cfg)
     flags: list[Tensor] = []
     kernels = {**plan.kernels, cfg.main: _Watched(plan.kernels[cfg.main], flags)}
     with guarded():

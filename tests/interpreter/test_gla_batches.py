@@ -321,3 +321,49 @@ def test_wrong_boundaries_touch_nothing_else(cu: list[int], segment: int, prepar
     x = replace(x, cu=torch.tensor(cu, dtype=torch.int32))
     forward(x, config(16, 16, segment, prepare=prepare))
     backward(x, cut(segment, dv_chunk=16))
+
+
+# --- programs that walk to their segments ------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chunk", "lead"), [(16, 32), (32, 16), (16, 16)])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("tma", [False, True])
+def test_programs_walk_to_their_segments(chunk: int, lead: int, hard: bool, tma: bool) -> None:
+    x = drawn(75, B=2, hard=hard, seed=lead)
+    bwd = cut(32, chunk=chunk, lead=lead, tma=tma)
+    assert_right(x, config(chunk, 16, 32, lead=lead, tma=tma), bwd)
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 4), (2, 1, 2), (4, 1, 1), (4, 1, 2), (1, 1, 2)])
+@pytest.mark.parametrize("lowrank", [False, True])
+def test_groups_walk_to_their_segments(heads: tuple[int, int, int], lowrank: bool) -> None:
+    x = drawn(70, heads=heads, lowrank=lowrank)
+    bwd = cut(32, dv_chunk=16, lead=16)
+    assert_right(x, config(16, 16, 48, lead=16), bwd)
+
+
+@pytest.mark.parametrize(("hard", "tma"), [(False, True), (True, False)])
+def test_packed_sequences_walk_to_their_segments(hard: bool, tma: bool) -> None:
+    x = drawn(100, lengths=(0, 37, 0, 63), hard=hard)
+    assert_right(x, config(16, 16, 32, lead=32, tma=tma), cut(32, lead=32, tma=tma))
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_few_of_those_segments_at_once(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glac.backward.PROGRAMS", at_once)
+    monkeypatch.setenv("GLAC_SCRATCH_MIB", "0")
+    x = drawn(100, lowrank=at_once == 2)
+    assert_right(x, config(16, 16, 32, lead=16), cut(32, lead=16))
+
+
+def test_nothing_to_walk_to_is_right() -> None:
+    assert_right(drawn(20), config(16, 16, 32, lead=16), cut(64, lead=16))
+
+
+@pytest.mark.parametrize("cu", [[0, 99], [5, 3, 1], [-4, 30], [3, 20, 60]])
+def test_wrong_boundaries_lead_nowhere(cu: list[int]) -> None:
+    x = drawn(40, lengths=(*(1,) * (len(cu) - 2), 42 - len(cu)), heads=(2, 2, 2))
+    x = replace(x, cu=torch.tensor(cu, dtype=torch.int32))
+    forward(x, config(16, 16, 16, lead=16))
+    backward(x, cut(16, dv_chunk=16, lead=16))

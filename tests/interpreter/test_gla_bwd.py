@@ -52,6 +52,10 @@ CONFIGS = {
 EVERY_CONFIG = pytest.mark.parametrize("name", CONFIGS)
 
 
+LEADING = backward_config(16, lead=32, segment=32)
+"""Whose programs walk to their segments, from both ends."""
+
+
 def drawn(keys: int, values: int, *, tokens: int = 35, heads: int = 1) -> Inputs:
     return make_inputs(1, tokens, heads, keys, values, dtype=FP32, initial_state=True)
 
@@ -138,6 +142,7 @@ def test_windows_fill_the_sequence(
     2, 70, 2, 32, 32, (FP32, FP32), backward_config(32, 32, 16, tma=True), True, True, None, 0
 )
 @example(2, 33, 1, 1, 1, (FP16, FP32), backward_config(), False, False, None, 0)
+@example(1, 70, 2, 16, 24, (FP32, FP32), LEADING, True, True, None, 0)
 def test_equal_those_in_fp64(
     batch: int,
     tokens: int,
@@ -196,6 +201,7 @@ def test_hard_gates_and_states_at_both_ends(carried: bool, end: bool, dh0: bool)
     seed=st.integers(0, 2**16),
 )
 @example(36, 1, 24, 16, (FP32, FP32), backward_config(dv_chunk=16), True, True, 0)
+@example(70, 1, 16, 24, (FP32, FP32), LEADING, True, True, 0)
 @example(17, 1, 16, 24, (FP16, FP16), backward_config(32, tma=True), True, False, 1)
 def test_are_exact_for_every_gate(
     tokens: int,
@@ -276,6 +282,7 @@ def test_programs_of_one_head_part_ways() -> None:
 )
 @example(1, 20, 2, 16, 24, (FP16, FP32), 8, backward_config(), True, 0.05, None, 0)
 @example(2, 33, 2, 20, 16, (FP32, FP32), 16, backward_config(block_k=32), False, 16.0, -1e-3, 0)
+@example(1, 70, 2, 16, 24, (FP32, FP32), 16, LEADING, True, 16.0, None, 0)
 def test_low_rank_gate(
     batch: int,
     tokens: int,

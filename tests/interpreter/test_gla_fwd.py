@@ -93,6 +93,7 @@ def test_equals_the_token_loop(
 @example(2, 65, 16, 24, (FP32, FP32), config(16, 16, 16), True, 0)
 @example(1, 17, 16, 16, (FP16, FP16), config(32, 16, tma=True), True, 1)
 @example(2, 65, 32, 24, (FP32, FP32), config(16, 16, 16, prepare=16), True, 0)
+@example(2, 65, 16, 24, (FP32, FP32), config(16, 16, 32, lead=32), True, 0)
 @example(1, 70, 16, 16, (FP16, FP16), config(32, 16, 32, tma=True, prepare=16), True, 1)
 def test_is_exact_for_every_gate(
     heads: int,
@@ -147,6 +148,7 @@ def test_one_reset(position: int, gate_dtype: torch.dtype, prepare: int) -> None
 )
 @example(70, 2, 16, 24, (FP16, FP32), 8, config(16, 16, 32), True, 0.05, None, 0)
 @example(33, 2, 20, 16, (FP32, FP32), 16, config(), False, 16.0, -1e-3, 0)
+@example(70, 2, 20, 24, (FP16, FP32), 8, config(32, 16, 32, lead=16), True, 0.05, None, 0)
 @example(70, 2, 20, 24, (FP16, FP32), 8, config(16, 16, 32, prepare=16), True, 0.05, None, 0)
 def test_low_rank_gate(
     tokens: int,
