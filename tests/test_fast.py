@@ -21,10 +21,12 @@ from glac.attention import chunk_gla, chunk_gla_lowrank, recurrent_gla, recurren
 from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
+    ChunksBackwardConfig,
     Config,
     DecodeConfig,
     DecodeKernelConfig,
     ForwardConfig,
+    PrepareKernelConfig,
     TileKernelConfig,
 )
 from glac.errors import InputError, InputTypeError, NotDifferentiableError
@@ -41,6 +43,9 @@ BACKWARD = {
     "whole": BackwardConfig(CHUNK, TileKernelConfig(32, 64, 64, 4, 2, dv=True)),
     "split": BackwardConfig(CHUNK, TileKernelConfig(32, 64, 64, 4, 2, dv=True), segment=64),
     "tiles": BackwardConfig(CHUNK, TileKernelConfig(32, 32, 32, 4, 2), CHUNK),
+    "at once": ChunksBackwardConfig(
+        PrepareKernelConfig(32, 64, 4, 2), CHUNK, TileKernelConfig(64, 64, 32, 4, 2), CHUNK
+    ),
 }
 
 
@@ -110,7 +115,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     dispatch.clear()
 
 
-@pytest.fixture(params=["whole", "split", "tiles"])
+@pytest.fixture(params=["whole", "split", "tiles", "at once"])
 def configs(
     request: pytest.FixtureRequest, launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glac import fallback
 from glac.backward import run_backward
-from glac.configs import BackwardConfig, ForwardConfig
+from glac.configs import BackwardConfig, ChunksBackwardConfig, ForwardConfig
 from glac.forward import run_forward
 from glac.gate import GateInput
 from glac.interpret import interpreted_plan
@@ -23,7 +23,7 @@ from glac.reference import relative_rms
 from glac.templates import stride_unit
 from glac.testing import hard_gates
 from glac.validate import check_lowrank, check_vector
-from tests.interpreter.running import backward_config, config, guarded
+from tests.interpreter.running import backward_config, chunks_config, config, guarded
 
 pytestmark = pytest.mark.interpreter
 
@@ -142,7 +142,7 @@ def named(grads: Any, lowrank: bool) -> dict[str, Tensor]:
     return {"dq": dq, "dk": dk, "dv": dv, **dict(zip(names, gates, strict=True)), "dh0": dh0}
 
 
-def backward(x: Batch, cfg: BackwardConfig) -> dict[str, Tensor]:
+def backward(x: Batch, cfg: BackwardConfig | ChunksBackwardConfig) -> dict[str, Tensor]:
     problem = x.problem
     spec = problem.spec
     gate = x.gate
@@ -176,8 +176,12 @@ def assert_right(x: Batch, fwd: ForwardConfig, bwd: BackwardConfig | None) -> No
     for name, a, b in zip(("o", "state"), forward(x, fwd), wanted, strict=True):
         assert b is not None
         assert_near(name, a, b)
-    if bwd is None:
-        return
+    if bwd is not None:
+        assert_backward_right(x, bwd)
+
+
+def assert_backward_right(x: Batch, bwd: BackwardConfig | ChunksBackwardConfig) -> None:
+    wide = x.double()
     grads = fallback.backward(
         x.problem,
         *(wide.q, wide.k, wide.v, wide.gate, SCALE, wide.state, wide.do, wide.dht),
@@ -367,3 +371,44 @@ def test_wrong_boundaries_lead_nowhere(cu: list[int]) -> None:
     x = replace(x, cu=torch.tensor(cu, dtype=torch.int32))
     forward(x, config(16, 16, 16, lead=16))
     backward(x, cut(16, dv_chunk=16, lead=16))
+
+
+# --- gradients of all chunks at once -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("heads", "segment"), [((4, 2, 4), 0), ((2, 4, 4), 32), ((4, 1, 2), 32), ((1, 1, 2), 0)]
+)
+def test_groups_with_all_chunks_at_once(heads: tuple[int, int, int], segment: int) -> None:
+    x = drawn(40, heads=heads, lowrank=segment == 32)
+    assert_backward_right(x, chunks_config(32, segment=segment))
+
+
+@pytest.mark.parametrize("lengths", [(0, 5, 0, 31, 0), (63, 1, 0, 32)])
+@pytest.mark.parametrize("segment", [0, 32])
+def test_packed_with_all_chunks_at_once(lengths: tuple[int, ...], segment: int) -> None:
+    x = drawn(sum(lengths), lengths=lengths, lowrank=segment == 32)
+    assert_backward_right(x, chunks_config(32, segment=segment))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("segment", [32, 64])
+@pytest.mark.parametrize("hard", [False, True])
+def test_chunks_at_once_are_separate_bit_for_bit(segment: int, hard: bool) -> None:
+    x = drawn(75, lengths=(31, 0, 10, 34), hard=hard)
+    cfg = chunks_config(16, segment=segment)
+    grads = backward(x, cfg)
+    for n in (0, 2, 3):
+        assert x.cu is not None
+        begin, end = x.cu.tolist()[n : n + 2]
+        separate = backward(x.sequence(n), cfg)
+        for name in ("dq", "dk", "dv", "dg"):
+            assert torch.equal(grads[name][:, begin:end], separate[name]), name
+        assert torch.equal(grads["dh0"][n : n + 1], separate["dh0"])
+
+
+@pytest.mark.parametrize("cu", [[0, 99], [5, 3, 1], [-4, 30], [3, 20, 60]])
+def test_wrong_boundaries_of_chunks_touch_nothing_else(cu: list[int]) -> None:
+    x = drawn(40, lengths=(*(1,) * (len(cu) - 2), 42 - len(cu)), heads=(2, 2, 2))
+    x = replace(x, cu=torch.tensor(cu, dtype=torch.int32))
+    backward(x, chunks_config(16, segment=16))
