@@ -135,7 +135,7 @@ def summed(parts: Tensor, heads: int) -> Tensor:
 
 
 def run_backward(
-    plan: Plan[BackwardConfig] | Plan[ChunksBackwardConfig],
+    plan: Plan[BackwardConfig | ChunksBackwardConfig],
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -669,7 +669,7 @@ def resolve(
 @overload
 def resolve(
     problem: Problem, device: int, op: Literal[Op.BACKWARD]
-) -> tuple[Decision, Plan[BackwardConfig] | Plan[ChunksBackwardConfig] | None]: ...
+) -> tuple[Decision, Plan[BackwardConfig | ChunksBackwardConfig] | None]: ...
 
 
 @overload

@@ -27,10 +27,11 @@ class Kernel(Protocol):
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
+AnyConfig_co = TypeVar("AnyConfig_co", bound=Config, covariant=True)
 
 
 @dataclass(frozen=True)
-class Plan(Generic[AnyConfig]):
+class Plan(Generic[AnyConfig_co]):
     """Everything about a call that does not depend on its tensors.
 
     Attributes:
@@ -40,7 +41,7 @@ class Plan(Generic[AnyConfig]):
     """
 
     problem: Problem
-    config: AnyConfig
+    config: AnyConfig_co
     kernels: Mapping[str, Kernel]
 
 

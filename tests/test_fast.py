@@ -39,7 +39,7 @@ from tests.test_driver import Driver
 B, T, H, K, V = 2, 300, 4, 64, 64
 CHUNK = ChunkKernelConfig(chunk=32, block_v=64, num_warps=4, num_stages=2)
 FORWARD = {"whole": ForwardConfig(CHUNK), "split": ForwardConfig(CHUNK, 64, CHUNK)}
-BACKWARD = {
+BACKWARD: dict[str, BackwardConfig | ChunksBackwardConfig] = {
     "whole": BackwardConfig(CHUNK, TileKernelConfig(32, 64, 64, 4, 2, dv=True)),
     "split": BackwardConfig(CHUNK, TileKernelConfig(32, 64, 64, 4, 2, dv=True), segment=64),
     "tiles": BackwardConfig(CHUNK, TileKernelConfig(32, 32, 32, 4, 2), CHUNK),

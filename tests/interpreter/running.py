@@ -32,7 +32,7 @@ from glac.gate import STEP_MIN, GateInput
 from glac.gpus import GPUS
 from glac.interpret import interpreted_plan
 from glac.layouts import laid_out
-from glac.plan import Kernel, Plan
+from glac.plan import Kernel
 from glac.problem import Problem
 from glac.reference import recurrent_gla, relative_rms, yardstick_chunk_gla
 from glac.templates import stride_unit
@@ -375,7 +375,7 @@ def run_gradients(
     problem = problem_of(x)
     spec = problem.spec
     assert legal(x, cfg)
-    plan: Plan[Any] = interpreted_plan(problem, cfg)
+    plan = interpreted_plan(problem, cfg)
     flags: list[Tensor] = []
     kernels = {**plan.kernels, cfg.main: _Watched(plan.kernels[cfg.main], flags)}
     with guarded():
