@@ -208,6 +208,7 @@ NAMES = {
     (DENSE, LED): "glac_sm90a_fwd_k64_v48_vector_bf16_gfp32_bh6_t10",
     (LOWRANK, LED): "glac_sm90a_fwd_k64_v48_lowrank16_bf16_bh6_t10",
     (DENSE, BACK_LED): "glac_sm90a_bwd_k64_v48_vector_bf16_gfp32_bh6_t10",
+    (DENSE, AT_ONCE): "glac_sm90a_bwd_k64_v48_vector_bf16_gfp32_bh8_t9",
     (SCALAR, ONE_NUMBER): "glac_sm90a_fwd_k64_v48_scalar_bf16_gfp32_bh5_t9",
     (SCALAR, ONE_NUMBER_BACK): "glac_sm90a_bwd_k64_v48_scalar_bf16_gfp32_bh5_t9",
     (SCALAR, ONE_NUMBER_WALK): "glac_sm90a_bwd_k64_v48_scalar_bf16_gfp32_bh7_t9",
@@ -222,7 +223,6 @@ def test_rows_whose_results_pytorch_adds_up_have_no_function(pack: Pack) -> None
     assert [(row.spec, row.config, reason) for row, reason in left_out(pack)] == [
         (LOWRANK, BACK, "PyTorch sums up the gradients of a low-rank gate from parts"),
         (DENSE, BACK_IN_TILES, "PyTorch adds up gradients of 3 tiles of V"),
-        (DENSE, AT_ONCE, "its launches are not written in C yet"),
         (SCALAR, ONE_NUMBER_IN_TILES, "PyTorch adds up gradients of 3 tiles of V"),
     ]
 
@@ -540,7 +540,9 @@ BACK_CASES: dict[str, dict[str, Any]] = {
 
 
 @needs_gcc
-@pytest.mark.parametrize("config", [BACK, BACK_CUT, BACK_LED], ids=["whole", "cut", "led"])
+@pytest.mark.parametrize(
+    "config", [BACK, BACK_CUT, BACK_LED, AT_ONCE], ids=["whole", "cut", "led", "at once"]
+)
 @pytest.mark.parametrize("case", BACK_CASES)
 def test_gradients_launch_what_python_does(
     pack: Pack, built: Built, monkeypatch: pytest.MonkeyPatch, config: BackwardConfig, case: str
@@ -882,7 +884,7 @@ def test_the_text_depends_on_the_pack_alone(pack: Pack, tmp_path: Path) -> None:
     # Two GPUs with one config share a function; rows whose results PyTorch adds up have none.
     assert {name for name in NAMES.values() if f"int {name}(" in header} == set(NAMES.values())
     assert header.count("_workspace(const glac_forward *call);") == 10
-    assert header.count("_workspace(const glac_backward *call);") == 5
+    assert header.count("_workspace(const glac_backward *call);") == 6
     assert header.count("const glac_decode *call,\n    void *stream);") == 3
     assert "gla_bwd_k64_v48_lowrank16" not in source
     assert function_names(pack) == NAMES

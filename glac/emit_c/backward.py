@@ -6,9 +6,15 @@ For the same reason tiles of V are not either (``glac.emit_c.functions.why_left_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from glac.configs import BackwardConfig, ScalarBackwardConfig, leads
+from glac.configs import (
+    BackwardConfig,
+    ChunksBackwardConfig,
+    ScalarBackwardConfig,
+    leads,
+    padded_k,
+)
 from glac.emit_c.functions import Function
 from glac.emit_c.launches import (
     Kernels,
@@ -116,6 +122,30 @@ def _segment_launches(config: BackwardConfig) -> tuple[Launch, ...]:
     )
 
 
+_GROUPS_OF_ONE = {"q_group": "1", "k_group": "1", "s_group": "1"}
+_PREPARED = {f: f"s->{f}" for f in ("qs", "ks", "scores", "n_chunks")}
+_BOTH_SIDES = {**_GRADIENTS, **SEGMENTS, **{f: f"s->{f}" for f in ("states", "dstates", "n_kept")}}
+
+
+def _at_once_launches(config: ChunksBackwardConfig) -> tuple[Launch, ...]:
+    """Those of ``glac.chunks_backward``, behind the segments' borders."""
+    prepare = {**_GROUPS_OF_ONE, **_PREPARED, "ends": "s->decays", "flags": "s->chunk_flags"}
+    walks = {
+        **{**_BOTH_SIDES, **_PREPARED},
+        **{"starts": "s->starts", "ends": "s->ends", "decays": "s->decays"},
+        **{"flags": "s->chunk_flags", "keep": str(config.chunks.chunk)},
+    }
+    chunks = {**_BOTH_SIDES, "flags": "s->flags"}
+    segments = "(int64_t)s->n_seg * call->B * s->H"
+    return (
+        Launch("gla_prepare", prepare, "(int64_t)s->n_chunks * call->B * s->H"),
+        Launch("gla_bwd_walks", walks, segments),
+        Launch("gla_bwd_walks_exact", walks, segments),
+        Launch("gla_bwd_chunks", chunks, f"{segments} * s->n_kept"),
+        Launch("gla_bwd_chunks_exact", chunks, f"{segments} * s->n_kept"),
+    )
+
+
 def _define(item: Function, kernels: Kernels) -> Iterator[str]:
     spec, config = item.spec, item.config
     gate, strided = gate_of(spec), units(spec)
@@ -131,6 +161,23 @@ def _define(item: Function, kernels: Kernels) -> Iterator[str]:
         body = _launched(item, kernels, launches)
         sizes = (config.chunk, spec.K, spec.V, bytes_each, int(config.grads is None), parts)
         sized.append(f"  status = take_chunk_states(call, s, {', '.join(map(str, sizes))});")
+    elif isinstance(config, ChunksBackwardConfig):
+        launches = (*_BORDERS, *_at_once_launches(config))
+        body = _launched(item, kernels, launches)
+        segment, step = cuts(config)
+        way = {
+            "segment": segment,
+            "step": step,
+            "kept_tokens": config.chunks.chunk,
+            "tiles": kernels.of(item, launches[-1]).tiles,
+            "state_bytes": spec.K * spec.V * bytes_each,
+        }
+        tile = (config.prepare.chunk, padded_k(spec), bytes_each, spec.K, spec.V)
+        sized = [
+            f"  static const row_way way = {{{_fields(way)}}};",
+            *sized,
+            f"  status = take_at_once(call, s, &way, {', '.join(map(str, tile))});",
+        ]
     else:
         assert isinstance(config, BackwardConfig)
         inner = _segment_launches(config)
@@ -155,9 +202,8 @@ def _define(item: Function, kernels: Kernels) -> Iterator[str]:
             "again_bytes": grads.found_again * bytes_each,
             "leads": int(leads(config)),
         }
-        values = ", ".join(f".{name} = {value}" for name, value in way.items())
         sized = [
-            f"  static const row_way way = {{{values}}};",
+            f"  static const row_way way = {{{_fields(way)}}};",
             *sized,
             f"  status = take_segments(call, s, &way, {spec.K}, {spec.V});",
         ]
@@ -175,6 +221,10 @@ def _define(item: Function, kernels: Kernels) -> Iterator[str]:
         ),
         body=body,
     )
+
+
+def _fields(values: Mapping[str, int]) -> str:
+    return ", ".join(f".{name} = {value}" for name, value in values.items())
 
 
 def _launched(
@@ -222,10 +272,11 @@ _HELPERS = {
     "gradient_sizes_of": """
 /* What follows from the sizes of a call, and where the parts of its workspace are. */
 typedef struct gradient_sizes {
-  int32_t H, N, has_g, slots, n_seg, seg_len, at_once, seg_first, seg_count, n_kept;
+  int32_t H, N, has_g, slots, n_seg, seg_len, at_once, seg_first, seg_count, n_kept, n_chunks;
   int32_t chained, from_start;
   int64_t q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, g_b, g_t, g_h;
   uint64_t states, dstates, parts, starts, decay, ends, d_ends, flags;
+  uint64_t qs, ks, scores, decays, chunk_flags;
   uint64_t scratch, end, nothing;
 } gradient_sizes;
 
@@ -274,7 +325,7 @@ static int take_chunk_states(const glac_backward *call, gradient_sizes *s, int64
   return GLAC_OK;
 }
 """,
-    "cut": """
+    "cut_segments": """
 /* What a row says of its way through sequences. */
 typedef struct row_way {
   int64_t segment, step;  /* tokens of its segments, what others are a multiple of */
@@ -285,22 +336,32 @@ typedef struct row_way {
   int64_t leads;          /* whether programs find the states before and behind segments */
 } row_way;
 
-/* Segments, or windows of whole sequences, and how many go into one launch: glac.backward.cut. */
-static int cut(const glac_backward *call, gradient_sizes *s, const row_way *way) {
-  int64_t T = call->T, packed = call->cu ? call->N : 0, segment = way->segment, count, length;
-  int64_t keep_bytes = call->keep_bytes ? call->keep_bytes : @KEEP_BYTES@;
-  int64_t states = (int64_t)call->B * call->H; /* that are kept at one token */
+/* Slots of segments in a row of the tensors, and tokens of each, as a row or a call wants them. */
+static int cut_segments(const glac_backward *call, const row_way *way, int64_t *count,
+                        int64_t *length) {
+  int64_t T = call->T, packed = call->cu ? call->N : 0, segment = way->segment;
   if (call->segment > 0 && call->segment % way->step) return GLAC_SEGMENT;
-  if (call->keep_bytes < 0) return GLAC_SIZE;
   if (call->segment) segment = call->segment > 0 ? call->segment : 0;
   if (packed && !segment) segment = way->step * ceil_div(@PACKED_SEGMENT@, way->step);
   if (packed && segment >= T) {
-    count = packed + 1;
-    length = way->step * ceil_div(T, way->step);
+    *count = packed + 1;
+    *length = way->step * ceil_div(T, way->step);
   } else {
-    segments_of(T, segment, packed, &count, &length);
+    segments_of(T, segment, packed, count, length);
   }
-  s->chained = count == 1 && !packed && !way->leads;
+  return GLAC_OK;
+}
+""",
+    "cut": """
+/* Segments, or windows of whole sequences, and how many go into one launch: glac.backward.cut. */
+static int cut(const glac_backward *call, gradient_sizes *s, const row_way *way) {
+  int64_t T = call->T, count, length;
+  int64_t keep_bytes = call->keep_bytes ? call->keep_bytes : @KEEP_BYTES@;
+  int64_t states = (int64_t)call->B * call->H; /* that are kept at one token */
+  int status = cut_segments(call, way, &count, &length);
+  if (status) return status;
+  if (call->keep_bytes < 0) return GLAC_SIZE;
+  s->chained = count == 1 && !call->cu && !way->leads;
   int64_t at_once = 1;
   if (s->chained) {
     int64_t steps = ceil_div(T, way->step), windows = 1;
@@ -350,6 +411,42 @@ static int take_segments(const glac_backward *call, gradient_sizes *s, const row
   return GLAC_OK;
 }
 """,
+    "take_at_once": """
+/* Memory for chunks of `walked` tokens in tiles of `keys` channels with elements of `bytes`, as
+   gla_prepare makes them, and for the states on both sides of the chunks of gradients. */
+static int take_at_once(const glac_backward *call, gradient_sizes *s, const row_way *way,
+                        int64_t walked, int64_t keys, size_t bytes, int64_t K, int64_t V) {
+  int64_t T = call->T, count, length;
+  int status = cut_segments(call, way, &count, &length);
+  if (status) return status;
+  s->chained = count == 1 && !call->cu;
+  int64_t kept = ceil_div(length < T ? length : T, way->kept_tokens);
+  int64_t slots = call->cu ? T / walked + s->N : ceil_div(T, walked);
+  int64_t states = (int64_t)call->B * s->H, most = slots > count * kept ? slots : count * kept;
+  /* Programs are counted in 31 bits: a chunk of a head has at most 32 tiles. */
+  if (most > 2147483647 / 64 / states) return GLAC_SIZE;
+  s->n_seg = (int32_t)count, s->seg_len = (int32_t)length;
+  s->n_kept = (int32_t)kept, s->n_chunks = (int32_t)slots;
+  size_t heads = (size_t)states, borders = heads * (size_t)count, state = (size_t)(K * V) * 4;
+  if (!s->chained) {
+    s->starts = take(&s->end, borders * state);
+    s->decay = take(&s->end, borders * (size_t)K * 4);
+    s->ends = take(&s->end, borders * state);
+    s->d_ends = take(&s->end, borders * (size_t)K * 4);
+  }
+  size_t chunks = heads * (size_t)slots, tile = (size_t)(walked * keys) * bytes;
+  s->qs = take(&s->end, chunks * tile);
+  s->ks = take(&s->end, chunks * tile);
+  s->scores = take(&s->end, chunks * (size_t)(walked * walked) * bytes);
+  s->decays = take(&s->end, chunks * (size_t)keys * 4);
+  s->chunk_flags = take(&s->end, chunks * 4);
+  size_t both = borders * (size_t)kept;
+  s->states = take(&s->end, both * (size_t)way->state_bytes);
+  s->dstates = take(&s->end, both * (size_t)way->state_bytes);
+  s->flags = take(&s->end, both * (size_t)way->tiles * 4);
+  return GLAC_OK;
+}
+""",
     "next_segments": """
 /* The segments of the next launch, from the last one back; 0 when there are no more. */
 static int next_segments(gradient_sizes *s) {
@@ -375,7 +472,7 @@ static int check_gradients(const glac_backward *call, int gate) {
 }
 
 BACKWARD = Part(
-    serves=(BackwardConfig, ScalarBackwardConfig),
+    serves=(BackwardConfig, ChunksBackwardConfig, ScalarBackwardConfig),
     call="glac_backward",
     call_text=_CALL,
     row="backward_row",

@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from glac.configs import BackwardConfig, ChunksBackwardConfig, Config, ScalarBackwardConfig
+from glac.configs import (
+    ChunksBackwardConfig,
+    Config,
+    DecodeConfig,
+    ForwardConfig,
+    ScalarForwardConfig,
+)
 from glac.pack import Pack, PackRow
 from glac.problem import Gate, Op, Specialisation
 from glac.record import dataclass
@@ -66,13 +72,11 @@ def function_names(pack: Pack) -> dict[tuple[Specialisation, Config], str]:
 
 def why_left_out(row: PackRow) -> str:
     """Why a row has no C function, empty if it has one: results that are not all from kernels."""
-    if isinstance(row.config, ChunksBackwardConfig):
-        return "its launches are not written in C yet"
-    if not isinstance(row.config, BackwardConfig | ScalarBackwardConfig):
+    if isinstance(row.config, ForwardConfig | ScalarForwardConfig | DecodeConfig):
         return ""
     if row.spec.gate is Gate.LOWRANK:
         return "PyTorch sums up the gradients of a low-rank gate from parts"
-    if row.config.grads is None:
+    if isinstance(row.config, ChunksBackwardConfig) or row.config.grads is None:
         return ""
     tiles = math.ceil(row.spec.V / row.config.grads.block_v)
     return f"PyTorch adds up gradients of {tiles} tiles of V" if tiles > 1 else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from glac.configs import BackwardConfig, Config, ForwardConfig, leads
+from glac.configs import BackwardConfig, ChunksBackwardConfig, Config, ForwardConfig, leads
 from glac.emit_c.functions import Function
 from glac.emit_c.launches import Launch, stride_of
 
@@ -16,7 +16,7 @@ SEGMENTS = {"n_seg": "s->n_seg", "seg_len": "s->seg_len"}
 
 def cuts(config: Config) -> tuple[int, int]:
     """Tokens of a row's own segments, and what others are a multiple of; 0 where it has none."""
-    if isinstance(config, BackwardConfig):
+    if isinstance(config, BackwardConfig | ChunksBackwardConfig):
         return config.segment, config.chunk_step
     if isinstance(config, ForwardConfig) and (config.summary is not None or leads(config)):
         return config.segment, config.chunk_step

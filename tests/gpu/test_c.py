@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from glac import scalar
-from glac.configs import BackwardConfig, ForwardConfig, ScalarForwardConfig
+from glac.configs import (
+    BackwardConfig,
+    ChunksBackwardConfig,
+    ForwardConfig,
+    ScalarForwardConfig,
+)
 from glac.emit_c import function_names, write_c
 from glac.heads import HeadGroups
 from glac.pack import Pack, PackRow, read_pack
@@ -117,7 +122,7 @@ def by_python(pack: Pack, row: PackRow, x: Inputs, do: Tensor, dht: Tensor) -> T
     if isinstance(config, ForwardConfig):
         found = rows.run_forward_row(pack, row, x)
         return {"o": found["o"], "ht": found["state"]}
-    if isinstance(config, BackwardConfig):
+    if isinstance(config, BackwardConfig | ChunksBackwardConfig):
         return rows.run_backward_row(pack, row, x, do, dht)
     plan, i = rows._plan(pack, row, x), ScalarInputs(x.q, x.k, x.v, x.g, x.initial_state)
     results: tuple[Tensor | None, ...]
@@ -148,7 +153,8 @@ def ways(config: Any) -> list[tuple[int, int]]:
     """Segments and MiB of kept states with which to run a config; 0 segments are none."""
     if isinstance(config, BackwardConfig):
         return [(0, 80), (0, 0), (2 * config.chunk_step, 80)]
-    if isinstance(config, ForwardConfig) and config.summary is not None:
+    cuts = isinstance(config, ForwardConfig) and config.summary is not None
+    if cuts or isinstance(config, ChunksBackwardConfig):
         return [(0, 80), (2 * config.chunk_step, 80)]
     return [(0, 80)]
 
