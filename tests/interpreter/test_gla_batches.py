@@ -255,7 +255,7 @@ def test_packed_batches(lengths: tuple[int, ...], segment: int, prepare: int) ->
     assert_right(x, config(16, 16, segment, prepare=prepare), bwd)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(any),
     groups=st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 1, 2)]),
@@ -330,17 +330,26 @@ def test_wrong_boundaries_touch_nothing_else(cu: list[int], segment: int, prepar
 # --- programs that walk to their segments ------------------------------------------------------
 
 
-@pytest.mark.parametrize(("chunk", "lead"), [(16, 32), (32, 16), (16, 16)])
+@pytest.mark.parametrize(
+    ("chunk", "lead", "tma"), [(16, 32, True), (32, 16, False), (16, 16, True)]
+)
 @pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("tma", [False, True])
 def test_programs_walk_to_their_segments(chunk: int, lead: int, hard: bool, tma: bool) -> None:
-    x = drawn(75, B=2, hard=hard, seed=lead)
+    x = drawn(70, B=1 if hard else 2, hard=hard, seed=lead)
     bwd = cut(32, chunk=chunk, lead=lead, tma=tma)
     assert_right(x, config(chunk, 16, 32, lead=lead, tma=tma), bwd)
 
 
-@pytest.mark.parametrize("heads", [(4, 2, 4), (2, 1, 2), (4, 1, 1), (4, 1, 2), (1, 1, 2)])
-@pytest.mark.parametrize("lowrank", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "lowrank"),
+    [
+        ((4, 2, 4), False),
+        ((2, 1, 2), True),
+        ((4, 1, 1), False),
+        ((4, 1, 2), True),
+        ((1, 1, 2), False),
+    ],
+)
 def test_groups_walk_to_their_segments(heads: tuple[int, int, int], lowrank: bool) -> None:
     x = drawn(70, heads=heads, lowrank=lowrank)
     bwd = cut(32, dv_chunk=16, lead=16)
