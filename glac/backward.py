@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from glac.configs import BackwardConfig, ChunksBackwardConfig
+from glac.configs import BackwardConfig, ChunkKernelConfig, ChunksBackwardConfig
 from glac.gate import GateInput, Gradients
 from glac.plan import Plan, gate_arguments, segment_states, segments_of, strides
 from glac.problem import Problem
@@ -87,8 +87,12 @@ def _state_bytes(problem: Problem) -> int:
     return states * state_dtype(spec).itemsize
 
 
-def packed_cut(problem: Problem, config: BackwardConfig | ChunksBackwardConfig) -> tuple[int, int]:
-    """Slots of segments of a packed batch, and the tokens of a segment. It always has some."""
+def cut_segments(
+    problem: Problem, config: BackwardConfig | ChunksBackwardConfig
+) -> tuple[int, int]:
+    """Slots of segments in a row, and the tokens of each; a packed batch always has some."""
+    if not problem.packed:
+        return segments_of(problem, config.segment)
     step = config.chunk_step
     segment = config.segment or step * math.ceil(PACKED_SEGMENT / step)
     if segment >= problem.T:
@@ -99,13 +103,10 @@ def packed_cut(problem: Problem, config: BackwardConfig | ChunksBackwardConfig) 
 
 def cut(problem: Problem, config: BackwardConfig) -> Cut:
     """How the backward pass of ``problem`` goes through its sequences."""
-    if problem.packed:
-        segments, length = packed_cut(problem, config)
-    else:
-        segments, length = segments_of(problem, config.segment)
-        if segments == 1 and config.states is not None:
-            count, window = windows(problem, config)
-            return Cut(count, window, 1, True)
+    segments, length = cut_segments(problem, config)
+    if segments == 1 and not problem.packed and config.states is not None:
+        count, window = windows(problem, config)
+        return Cut(count, window, 1, True)
     spec, grads = problem.spec, config.grads
     per_segment = _state_bytes(problem) * math.ceil(length / grads.kept_tokens)
     per_launch = tiles("gla_bwd", spec, grads) * problem.B * problem.H
@@ -132,6 +133,38 @@ def summed(parts: Tensor, heads: int) -> Tensor:
 
     # As one addition of whole tensors it takes half the time of a reduction.
     return torch.add(parts[0], parts[1]) if count == 2 else parts.sum(0)
+
+
+def border_states(
+    plan: Plan[BackwardConfig | ChunksBackwardConfig],
+    states: ChunkKernelConfig,
+    segments: tuple[int, int],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: GateInput,
+    scale: float,
+    initial_state: Tensor | None,
+    do: Tensor,
+    dht: Tensor | None,
+    cu: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The state before each segment, and the gradient of the state behind each.
+
+    Args:
+        states: config of ``gla_states``.
+        segments: what ``cut_segments`` said; the others are those of ``run_backward``.
+    """
+    problem = plan.problem
+    starts = segment_states(
+        plan, k, v, gate, initial_state, cu, segments=segments, summary=states,
+        heads=problem.state_heads, k_group=problem.k_group // problem.s_group,
+    )  # fmt: skip
+    ends = segment_states(
+        plan, q, do, gate, dht, cu, segments=segments, summary=states, heads=problem.H,
+        k_group=problem.q_group, g_group=problem.s_group, out_scale=scale, reverse=True,
+    )  # fmt: skip
+    return starts, ends
 
 
 def run_backward(
@@ -227,14 +260,9 @@ def run_backward(
         ends = scratch(B, H, segments, K, V)  # from the programs themselves, for gla_bwd_exact
     elif not way.chained:
         at = (segments, length)
-        starts = segment_states(
-            plan, k, v, gate, initial_state, cu, segments=at, summary=config.states,
-            heads=state_heads, k_group=problem.k_group // problem.s_group,
-        )  # fmt: skip
-        ends = segment_states(
-            plan, q, do, gate, dht, cu, segments=at, summary=config.states, heads=H,
-            k_group=problem.q_group, g_group=problem.s_group, out_scale=scale, reverse=True,
-        )  # fmt: skip
+        starts, ends = border_states(
+            plan, config.states, at, q, k, v, gate, scale, initial_state, do, dht, cu
+        )
     per_segment = tiles("gla_bwd", spec, grads) * B * H
     # Behind the kept states those that programs find again.
     elements = B * state_heads * kept * K * V + per_segment * grads.found_again

@@ -18,37 +18,28 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from glac.backward import Cut, gradient_parts, packed_cut, summed
+from glac.backward import border_states, cut_segments, gradient_parts, summed
 from glac.configs import ChunksBackwardConfig
 from glac.gate import GateInput, Gradients
-from glac.plan import Plan, gate_arguments, segment_states, segments_of, strides
+from glac.plan import Plan, gate_arguments, strides
 from glac.problem import Gate, Problem
 from glac.templates import state_dtype, stride_unit, tiles
 
 if TYPE_CHECKING:
-    # What follows imports it where it runs: `cut_chunks` is asked where there may be none.
+    # What follows imports it where it runs: `kept_bytes` is asked where there may be none.
     import torch
     from torch import Tensor
 
 
-def cut_chunks(problem: Problem, config: ChunksBackwardConfig) -> Cut:
-    """How the backward pass of ``problem`` goes through its sequences: all segments at once."""
-    if problem.packed:
-        segments, length = packed_cut(problem, config)
-    else:
-        segments, length = segments_of(problem, config.segment)
-    return Cut(segments, length, segments, False)
-
-
 def segment_chunks(problem: Problem, config: ChunksBackwardConfig) -> int:
     """Chunks of a segment, for each of which there is a state."""
-    return math.ceil(min(cut_chunks(problem, config).length, problem.T) / config.chunks.chunk)
+    return math.ceil(min(cut_segments(problem, config)[1], problem.T) / config.chunks.chunk)
 
 
 def kept_bytes(problem: Problem, config: ChunksBackwardConfig) -> int:
     """Bytes of states before chunks and of their gradients behind them."""
     spec = problem.spec
-    slots = cut_chunks(problem, config).segments * segment_chunks(problem, config)
+    slots = cut_segments(problem, config)[0] * segment_chunks(problem, config)
     states = problem.B * (problem.state_heads + problem.H) * slots
     return states * spec.K * spec.V * state_dtype(spec).itemsize
 
@@ -77,8 +68,8 @@ def run_chunks_backward(
     spec = problem.spec
     B, T, H, K, V = problem.B, problem.T, problem.H, spec.K, spec.V
     N, state_heads = problem.sequences, problem.state_heads
-    way, slots = cut_chunks(problem, config), segment_chunks(problem, config)
-    segments, length = way.segments, way.length
+    segments, length = cut_segments(problem, config)
+    slots = segment_chunks(problem, config)
     chunk = config.chunks.chunk
     args = gate_arguments(gate, spec)
     unit_k, unit_v = stride_unit(K), stride_unit(V)
@@ -91,14 +82,9 @@ def run_chunks_backward(
     starts = ends = None
     if segments > 1 or packed:
         at = (segments, length)
-        starts = segment_states(
-            plan, k, v, gate, initial_state, cu, segments=at, summary=config.states,
-            heads=state_heads, k_group=problem.k_group // problem.s_group,
-        )  # fmt: skip
-        ends = segment_states(
-            plan, q, do, gate, dht, cu, segments=at, summary=config.states, heads=H,
-            k_group=problem.q_group, g_group=problem.s_group, out_scale=scale, reverse=True,
-        )  # fmt: skip
+        starts, ends = border_states(
+            plan, config.states, at, q, k, v, gate, scale, initial_state, do, dht, cu
+        )
     kept = TORCH_DTYPES[state_dtype(spec)]
     states = memory(B, state_heads, segments * slots, K, V, dtype=kept)
     dstates = memory(B, H, segments * slots, K, V, dtype=kept)

@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glac.backward import cut
-from glac.chunks_backward import cut_chunks, kept_bytes, segment_chunks
+from glac.backward import cut, cut_segments
+from glac.chunks_backward import kept_bytes, segment_chunks
 from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
@@ -351,7 +351,7 @@ def kept_states_bytes(problem: Problem, config: BackwardConfig | ChunksBackwardC
     """States that a backward pass keeps for itself at the most: of chunks, and of segments."""
     spec = problem.spec
     if isinstance(config, ChunksBackwardConfig):
-        segments = cut_chunks(problem, config).segments
+        segments = cut_segments(problem, config)[0]
         marks = 0 if segments == 1 else (problem.H + problem.state_heads) * segments
         marks *= problem.B * spec.K * spec.V * DType.FP32.itemsize
         return kept_bytes(problem, config) + marks
@@ -368,6 +368,17 @@ def kept_states_bytes(problem: Problem, config: BackwardConfig | ChunksBackwardC
     # Windows keep both in one place unless heads share a state.
     shared = way.chained and problem.s_group == 1
     return kept + (starts if shared else starts + way.segments * problem.state_bytes)
+
+
+def _borders_work(
+    problem: Problem, gpu: GpuSpec, states: ChunkKernelConfig, segments: int, length: int
+) -> list[KernelWork]:
+    """What finds the state before each segment and, back in time, the gradient behind it."""
+    sizes = problem.tensor_bytes
+    inputs = sizes["k"] + sizes["v"] + sizes["gate"]
+    back = sizes["q"] + sizes["o"] + sizes["gate"]
+    forward = _summary_work(problem, gpu, states, segments, length, inputs, problem.state_heads)
+    return [*forward, *_summary_work(problem, gpu, states, segments, length, back, problem.H)]
 
 
 def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> list[KernelWork]:
@@ -387,11 +398,7 @@ def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> li
         inputs = inputs * walked // problem.T
         marks = 2 * (way.segments - 1) * problem.state_bytes
     else:
-        back = sizes["q"] + sizes["o"] + sizes["gate"]
-        for read, heads in ((inputs, problem.state_heads), (back, problem.H)):
-            found += _summary_work(
-                problem, gpu, config.states, way.segments, way.length, read, heads
-            )
+        found += _borders_work(problem, gpu, config.states, way.segments, way.length)
         marks = 2 * way.segments * problem.state_bytes
     chunks = math.ceil(problem.T / grads.chunk)
     states = math.ceil(problem.T / grads.kept_tokens)
@@ -456,15 +463,10 @@ def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> li
 
 def _chunks_work(problem: Problem, config: ChunksBackwardConfig, gpu: GpuSpec) -> list[KernelWork]:
     spec, sizes = problem.spec, problem.tensor_bytes
-    way, walks, tile = cut_chunks(problem, config), config.walks, config.chunks
+    (segments, length), walks, tile = cut_segments(problem, config), config.walks, config.chunks
     found: list[KernelWork] = []
-    if way.segments > 1:
-        inputs = sizes["k"] + sizes["v"] + sizes["gate"]
-        back = sizes["q"] + sizes["o"] + sizes["gate"]
-        for read, heads in ((inputs, problem.state_heads), (back, problem.H)):
-            found += _summary_work(
-                problem, gpu, config.states, way.segments, way.length, read, heads
-            )
+    if segments > 1:
+        found += _borders_work(problem, gpu, config.states, segments, length)
     heads, token_heads = problem.B * problem.H, problem.B * problem.T * problem.H
     size = state_dtype(spec).itemsize
     prepared = heads * math.ceil(problem.T / walks.chunk)
@@ -476,14 +478,14 @@ def _chunks_work(problem: Problem, config: ChunksBackwardConfig, gpu: GpuSpec) -
     # The walk back reads both scaled tiles, the walk forward one; each V tile, from L2.
     values = token_heads * spec.V * spec.dtype.itemsize
     states = kept_bytes(problem, config)
-    programs = tiles("gla_bwd_walks", spec, walks) * way.segments * heads
-    steps = math.ceil(min(way.length, problem.T) / walks.chunk)
+    programs = tiles("gla_bwd_walks", spec, walks) * segments * heads
+    steps = math.ceil(min(length, problem.T) / walks.chunk)
     moved = scaled * 3 // 2 + scores + sizes["v"] + sizes["o"] + values + states
     found += [
         _work(gpu, spec, "gla_bwd_walks", walks, programs, steps, moved),
         _work(gpu, spec, "gla_bwd_walks_exact", None, programs, 0, 0),
     ]
-    programs = tiles("gla_bwd_chunks", spec, tile) * way.segments * heads
+    programs = tiles("gla_bwd_chunks", spec, tile) * segments * heads
     programs *= segment_chunks(problem, config)
     gate = 4 * token_heads * spec.rank * math.ceil(spec.K / tile.block_k)
     if spec.gate is not Gate.LOWRANK:

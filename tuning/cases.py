@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from glac import decode, scalar
-from glac.backward import cut, run_backward
-from glac.chunks_backward import cut_chunks, segment_chunks
+from glac.backward import cut, cut_segments, run_backward
+from glac.chunks_backward import segment_chunks
 from glac.configs import (
     BackwardConfig,
     ChunksBackwardConfig,
@@ -263,8 +263,8 @@ class BackwardCase(Case):
 
     def _chunk_buffers(self, config: ChunksBackwardConfig) -> list[Buffer]:
         problem, spec, i = self.problem, self.problem.spec, self.inputs
-        way, tile = cut_chunks(problem, config), TORCH_DTYPES[state_dtype(spec)]
-        slots = way.segments * segment_chunks(problem, config)
+        segments, tile = cut_segments(problem, config)[0], TORCH_DTYPES[state_dtype(spec)]
+        slots = segments * segment_chunks(problem, config)
         heads, keys, walked = problem.B * problem.H, padded_k(spec), config.prepare.chunk
         prepared = chunk_slots(problem, walked)
         held: list[Buffer] = [(tuple(x.shape), x.dtype) for x in (i.q, i.k, i.v)]
@@ -277,8 +277,8 @@ class BackwardCase(Case):
             held.append(((heads, slots, spec.K, spec.rank), torch.float32))
         else:
             held.append((tuple(i.g.shape), i.g.dtype))
-        if way.segments > 1:
-            held += [((heads, way.segments, spec.K, spec.V), torch.float32)] * 2
+        if segments > 1:
+            held += [((heads, segments, spec.K, spec.V), torch.float32)] * 2
         if "dh0" in self.truth:
             held.append((tuple(self.truth["dh0"].shape), torch.float32))
         return held

@@ -383,6 +383,16 @@ static int cut(const glac_backward *call, gradient_sizes *s, const row_way *way)
   return GLAC_OK;
 }
 """,
+    "take_borders": """
+/* Memory for the states at `borders` of segments, for their gradients, and for both chains. */
+static void take_borders(gradient_sizes *s, size_t borders, int64_t K, int64_t V) {
+  size_t state = (size_t)(K * V) * 4, gates = (size_t)K * 4;
+  s->starts = take(&s->end, borders * state);
+  s->decay = take(&s->end, borders * gates);
+  s->ends = take(&s->end, borders * state);
+  s->d_ends = take(&s->end, borders * gates);
+}
+""",
     "take_segments": """
 /* Memory for the states at borders of segments, and for those that are kept. */
 static int take_segments(const glac_backward *call, gradient_sizes *s, const row_way *way,
@@ -394,10 +404,7 @@ static int take_segments(const glac_backward *call, gradient_sizes *s, const row
   if (way->leads) {
     s->ends = take(&s->end, borders * state);
   } else if (!s->chained) {
-    s->starts = take(&s->end, borders * state);
-    s->decay = take(&s->end, borders * (size_t)K * 4);
-    s->ends = take(&s->end, borders * state);
-    s->d_ends = take(&s->end, borders * (size_t)K * 4);
+    take_borders(s, borders, K, V);
   } else if (s->n_seg > 1) {
     /* The gradient behind window j - 1 takes the place of the state before window j. */
     s->starts = take(&s->end, borders * state);
@@ -427,13 +434,8 @@ static int take_at_once(const glac_backward *call, gradient_sizes *s, const row_
   if (most > 2147483647 / 64 / states) return GLAC_SIZE;
   s->n_seg = (int32_t)count, s->seg_len = (int32_t)length;
   s->n_kept = (int32_t)kept, s->n_chunks = (int32_t)slots;
-  size_t heads = (size_t)states, borders = heads * (size_t)count, state = (size_t)(K * V) * 4;
-  if (!s->chained) {
-    s->starts = take(&s->end, borders * state);
-    s->decay = take(&s->end, borders * (size_t)K * 4);
-    s->ends = take(&s->end, borders * state);
-    s->d_ends = take(&s->end, borders * (size_t)K * 4);
-  }
+  size_t heads = (size_t)states, borders = heads * (size_t)count;
+  if (!s->chained) take_borders(s, borders, K, V);
   size_t chunks = heads * (size_t)slots, tile = (size_t)(walked * keys) * bytes;
   s->qs = take(&s->end, chunks * tile);
   s->ks = take(&s->end, chunks * tile);
