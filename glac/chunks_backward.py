@@ -10,7 +10,8 @@ Before them, where the heads are too few for the GPU or the batch is packed, the
 segment and the gradient behind it, by ``gla_states`` and ``gla_combine`` as in ``glac.backward``.
 
 A walk has nothing to do but products with states, and gradients come out complete, however many
-tiles V has. The price is memory for a state and its gradient for each chunk.
+tiles V has. The price is memory for a state and its gradient for each chunk, or for each second
+one: what lies between is then found again from what was prepared.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def segment_chunks(problem: Problem, config: ChunksBackwardConfig) -> int:
-    """Chunks of a segment, for each of which there is a state."""
-    return math.ceil(min(cut_segments(problem, config)[1], problem.T) / config.chunks.chunk)
+def segment_states(problem: Problem, config: ChunksBackwardConfig) -> int:
+    """States of a segment that are kept."""
+    return math.ceil(min(cut_segments(problem, config)[1], problem.T) / config.chunks.kept_tokens)
 
 
 def kept_bytes(problem: Problem, config: ChunksBackwardConfig) -> int:
-    """Bytes of states before chunks and of their gradients behind them."""
+    """Bytes of the states and the gradients of states that are kept."""
     spec = problem.spec
-    slots = cut_segments(problem, config)[0] * segment_chunks(problem, config)
+    slots = cut_segments(problem, config)[0] * segment_states(problem, config)
     states = problem.B * (problem.state_heads + problem.H) * slots
     return states * spec.K * spec.V * state_dtype(spec).itemsize
 
@@ -69,8 +70,8 @@ def run_chunks_backward(
     B, T, H, K, V = problem.B, problem.T, problem.H, spec.K, spec.V
     N, state_heads = problem.sequences, problem.state_heads
     segments, length = cut_segments(problem, config)
-    slots = segment_chunks(problem, config)
-    chunk = config.chunks.chunk
+    kept_states, keep = segment_states(problem, config), config.chunks.keep
+    slots = kept_states * keep
     args = gate_arguments(gate, spec)
     unit_k, unit_v = stride_unit(K), stride_unit(V)
     groups = (problem.q_group, problem.k_group, problem.s_group)
@@ -86,8 +87,8 @@ def run_chunks_backward(
             plan, config.states, at, q, k, v, gate, scale, initial_state, do, dht, cu
         )
     kept = TORCH_DTYPES[state_dtype(spec)]
-    states = memory(B, state_heads, segments * slots, K, V, dtype=kept)
-    dstates = memory(B, H, segments * slots, K, V, dtype=kept)
+    states = memory(B, state_heads, segments * kept_states, K, V, dtype=kept)
+    dstates = memory(B, H, segments * kept_states, K, V, dtype=kept)
     dv = gradient_parts(B, T, H, v, 1)
     start_grads = memory(N, H, K, V) if dh0 else None
     stride = (
@@ -100,7 +101,8 @@ def run_chunks_backward(
         *(made.scores, made.ends, made.flags, states, dstates, dv, start_grads),
     )
     how = (
-        *(scale, *args.scalars, T, N, H, segments, length, made.slots, chunk, slots, *groups),
+        *(scale, *args.scalars, T, N, H, segments, length, made.slots),
+        *(config.chunks.kept_tokens, kept_states, *groups),
         *(packed, int(initial_state is not None), int(dht is not None), int(dh0)),
         *(*args.flag, *stride),
     )
@@ -120,13 +122,18 @@ def run_chunks_backward(
     else:
         assert gate.tensors[0] is not None
         gate_grads = (gradient_parts(B, T, H, gate.tensors[0], 1),)
+    others: tuple[Tensor, ...] = ()
+    prepared: tuple[int, ...] = ()
+    if keep > 1:
+        others = (made.qs, made.ks, made.ends, made.flags)
+        prepared = (made.slots, config.prepare.chunk)
     tensors = (
-        *(q, k, v, *gate.tensors, do, cu, states, dstates, dq, dk, *gate_grads),
+        *(q, k, v, *gate.tensors, do, cu, *others, states, dstates, dq, dk, *gate_grads),
         memory(programs, dtype=torch.int32),
     )
     scalars = (
-        *(scale, *args.scalars, T, N, H, segments, length, slots, *groups, packed),
-        *(*args.flag, *stride),
+        *(scale, *args.scalars, T, N, H, segments, length, kept_states, *prepared, *groups),
+        *(packed, *args.flag, *stride),
     )
     plan.kernels["gla_bwd_chunks"].run(tensors, scalars, programs)
     plan.kernels["gla_bwd_chunks_exact"].run(tensors, scalars, programs)

@@ -24,6 +24,8 @@ STAGES = (1, 2, 3, 4)
 MAX_REGISTERS = (0, 64, 80, 96, 128, 168)
 EXACT_ROWS = 16
 KEEPS = (1, 2, 4, 8)
+MOST_PREPARED = 2
+"""Prepared chunks in one of ``gla_bwd_chunks``, where it finds states again from them."""
 LEADS = (0, 16, 32, 64, 128)
 MAX_SEGMENTS = 256
 MOST_PARTS = 8
@@ -206,18 +208,23 @@ class ExactKernelConfig(_KernelConfig):
         block_v: value channels per program (BV).
         num_warps: warps per program.
         dv: also write the gradient of the values.
+        keep: of ``gla_bwd_chunks_exact``, chunks from one kept state to the next.
     """
+
+    OMITTED: ClassVar[Mapping[str, int]] = {"keep": 1}
 
     chunk: int
     block_k: int
     block_v: int
     num_warps: int
     dv: bool = False
+    keep: int = 1
 
     @property
     def slug(self) -> str:
         dv = "_dv" if self.dv else ""
-        return f"c{self.chunk}_bk{self.block_k}_bv{self.block_v}_w{self.num_warps}{dv}"
+        keep = f"_k{self.keep}" if self.keep > 1 else ""
+        return f"c{self.chunk}_bk{self.block_k}_bv{self.block_v}_w{self.num_warps}{dv}{keep}"
 
 
 @dataclass(frozen=True, order=True)
@@ -500,9 +507,11 @@ class ChunksBackwardConfig:
     Attributes:
         op, main, PARTS: as in ``ForwardConfig``.
         prepare: the kernel that makes scaled tiles and scores once for all V tiles of a head.
-        walks: the kernel that keeps the state before each chunk and its gradient behind it, and
-            makes the gradient of the values, from chunks as ``prepare`` made them.
-        chunks: the kernel that makes the other gradients of a chunk, which may be a longer one.
+        walks: the kernel that keeps the state before each chunk and its gradient behind it, or
+            before and behind two, and makes the gradient of the values, from chunks as
+            ``prepare`` made them.
+        chunks: the kernel that makes the other gradients of a chunk, which may be a longer one;
+            with ``keep`` 2 states are kept for every second of them.
         states: the kernel that finds what segments add to the state and to its gradient.
         segment: tokens per segment, a multiple of all chunk sizes; 0 walks whole sequences.
     """
@@ -527,7 +536,7 @@ class ChunksBackwardConfig:
     @property
     def chunk_step(self) -> int:
         """What segments are a multiple of."""
-        return max(self.chunks.chunk, self.states.chunk)
+        return max(self.chunks.kept_tokens, self.states.chunk)
 
     def tiles(self, spec: Specialisation) -> int:
         """Programs that share a sequence of a head, of which half walk back."""
@@ -545,7 +554,7 @@ class ChunksBackwardConfig:
             "gla_bwd_walks_exact": replace(self.walks, num_warps=8, num_stages=1, tma=False),
             "gla_bwd_chunks": c,
             "gla_bwd_chunks_exact": ExactKernelConfig(
-                c.chunk, c.block_k, min(c.block_v, 64), 8 if c.block_k > 64 else 4
+                *(c.chunk, c.block_k, min(c.block_v, 64), 8 if c.block_k > 64 else 4), keep=c.keep
             ),
         }
 
@@ -559,6 +568,9 @@ class ChunksBackwardConfig:
             walked = min(walked, kernel.chunk)
         for other in ("walks", "prepare"):
             change[other] = replace(change.get(other, getattr(self, other)), chunk=walked)
+        chunks = change.get("chunks", self.chunks)
+        if chunks.keep > 1 and chunks.chunk > MOST_PREPARED * walked:
+            change["chunks"] = replace(chunks, keep=1)
         return replace(self, **change)
 
     @property
@@ -994,8 +1006,10 @@ def _why_illegal_backward(
 def chunks_illegal(spec: Specialisation, chunks: TileKernelConfig, gpu: GpuSpec) -> str | None:
     """``why_illegal`` of the kernel that makes all chunks' gradients at once, alone."""
     reason = _why_illegal_walk(spec, chunks, gpu, "chunks", 0, 2)
-    if reason is None and (chunks.tma or chunks.dv or chunks.keep > 1):
-        return "chunks.tma, chunks.dv and chunks.keep are for kernels that walk"
+    if reason is None and (chunks.tma or chunks.dv):
+        return "chunks.tma and chunks.dv are for kernels that walk"
+    if reason is None and chunks.keep > 2:
+        return f"chunks.keep must be 1 or 2, got {chunks.keep}"
     return reason
 
 
@@ -1012,8 +1026,11 @@ def _why_illegal_chunks_backward(
         return reason
     if config.chunks.chunk % config.walks.chunk:
         return f"chunks.chunk must be a multiple of walks.chunk {config.walks.chunk}"
-    if config.states.chunk % config.chunks.chunk and config.chunks.chunk % config.states.chunk:
-        return f"states.chunk and chunks.chunk {config.chunks.chunk} must fit into each other"
+    if config.chunks.keep > 1 and config.chunks.chunk > MOST_PREPARED * config.walks.chunk:
+        return f"chunks.keep takes at most two chunks of walks in one, {config.walks.chunk} each"
+    kept = config.chunks.kept_tokens
+    if config.states.chunk % kept and kept % config.states.chunk:
+        return f"states.chunk and chunks.chunk times chunks.keep, {kept}, must fit into each other"
     return _segment_illegal(config.segment, config.chunk_step) if config.segment else None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from glac.errors import MissingEnvironmentError
 from glac.kernelspec import KernelSpec
-from glac.templates import TEMPLATES, active_args, constants, kernel_leads, pointer_type
+from glac.templates import TEMPLATES, active_args, constants, pointer_type, unused_args
 
 
 def import_triton() -> Any:
@@ -66,9 +66,10 @@ def ast_source(kernel: KernelSpec) -> Any:
     import_triton()
     fn = kernel_function(kernel.template)
     consts = constants(kernel.template, kernel.spec, kernel.config)
+    unused = unused_args(kernel.template, kernel.config)
     types = {
         a.name: pointer_type(a.kind, kernel.spec) if a.is_pointer else a.kind
-        for a in active_args(kernel.template, kernel.spec, leads=kernel_leads(kernel.config))
+        for a in active_args(kernel.template, kernel.spec, unused)
     }
     names = list(fn.arg_names)
     # Without the divisibility facts there is no asynchronous copy at all.

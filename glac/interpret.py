@@ -18,7 +18,7 @@ from glac.generate import kernel_function
 from glac.kernelspec import KernelSpec, config_kernels
 from glac.plan import AnyConfig, Plan
 from glac.problem import Problem
-from glac.templates import active_args, constants, kernel_leads
+from glac.templates import active_args, constants, unused_args
 
 
 class InterpretedKernel:
@@ -31,7 +31,8 @@ class InterpretedKernel:
                 hint="run in a fresh process: TRITON_INTERPRET=1 python ...",
             )
         self._fn = kernel_function(kernel.template)
-        active = active_args(kernel.template, kernel.spec, leads=kernel_leads(kernel.config))
+        unused = unused_args(kernel.template, kernel.config)
+        active = active_args(kernel.template, kernel.spec, unused)
         self._names = [a.name for a in active]
         self._constants = constants(kernel.template, kernel.spec, kernel.config)
         if "INTERPRETED" in self._constants:

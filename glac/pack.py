@@ -39,11 +39,11 @@ from glac.record import dataclass
 from glac.templates import (
     TEMPLATES,
     active_args,
-    kernel_leads,
     pointer_type,
     template_ops,
     templates_sha256,
     tiles,
+    unused_args,
 )
 
 if TYPE_CHECKING:
@@ -259,16 +259,17 @@ _ROW_KEYS = frozenset(field.name for field in fields(PackRow)) | {"op"}
 
 def run_time_args(kernel: KernelSpec) -> tuple[tuple[str, str], ...]:
     """Names and types of a kernel's run-time arguments, in order."""
-    return _run_time_args(kernel.template, kernel.spec, kernel_leads(kernel.config))
+    unused = unused_args(kernel.template, kernel.config)
+    return _run_time_args(kernel.template, kernel.spec, unused)
 
 
 @functools.lru_cache(maxsize=256)  # many kernels of a pack share them
 def _run_time_args(
-    template: str, spec: Specialisation, leading: bool
+    template: str, spec: Specialisation, unused: frozenset[str]
 ) -> tuple[tuple[str, str], ...]:
     return tuple(
         (arg.name, pointer_type(arg.kind, spec) if arg.is_pointer else arg.kind)
-        for arg in active_args(template, spec, leads=leading)
+        for arg in active_args(template, spec, unused)
     )
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from glac.backward import cut, cut_segments
-from glac.chunks_backward import kept_bytes, segment_chunks
+from glac.chunks_backward import kept_bytes, segment_states
 from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
@@ -171,8 +171,9 @@ def _step(
         return (3 * state + by_value) // 2, 0
     if template == "gla_bwd_chunks":  # S do, dS v, dA for each tile of V; then as gla_bwd
         tiles = math.ceil(spec.V / BV)
+        found_again = int(isinstance(config, TileKernelConfig) and config.keep > 1)
         suffix = (2 if spec.dtype is DType.BF16 else 1) * by_key
-        flops += tiles * (2 * state + by_value) + 2 * by_key + suffix
+        flops += tiles * ((2 + found_again) * state + by_value) + 2 * by_key + suffix
         if spec.gate is Gate.LOWRANK:  # dweight and dx
             flops += 4 * C * BK * max(16, spec.rank)
         return flops, exps + 2 * C * BK
@@ -486,7 +487,7 @@ def _chunks_work(problem: Problem, config: ChunksBackwardConfig, gpu: GpuSpec) -
         _work(gpu, spec, "gla_bwd_walks_exact", None, programs, 0, 0),
     ]
     programs = tiles("gla_bwd_chunks", spec, tile) * segments * heads
-    programs *= segment_chunks(problem, config)
+    programs *= segment_states(problem, config) * tile.keep
     gate = 4 * token_heads * spec.rank * math.ceil(spec.K / tile.block_k)
     if spec.gate is not Gate.LOWRANK:
         gate = token_heads * spec.K * spec.gate_dtype.itemsize

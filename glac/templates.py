@@ -96,9 +96,10 @@ _WALKS_ARGS = (
     f"{_STRIDES['g']} {_X_STRIDES}"
 )
 _CHUNKS_ARGS = (
-    f"q:*io k:*io v:*io {_GATE} do:*io cu:*i32 states:*state dstates:*state dq:*io dk:*io "
-    f"dg:*gate dx:*fp32 dw:*fp32 db:*fp32 flags:*i32 scale:fp32 {_GATE_SCALARS} T:i32 N:i32 "
-    f"H:i32 n_seg:i32 seg_len:i32 n_kept:i32 {_GROUPS} has_cu:i32 has_bias:i32 {_STRIDES['q']} "
+    f"q:*io k:*io v:*io {_GATE} do:*io cu:*i32 qs:*state ks:*state decays:*fp32 ranges:*i32 "
+    "states:*state dstates:*state dq:*io dk:*io dg:*gate dx:*fp32 dw:*fp32 db:*fp32 flags:*i32 "
+    f"scale:fp32 {_GATE_SCALARS} T:i32 N:i32 H:i32 n_seg:i32 seg_len:i32 n_kept:i32 "
+    f"n_prepared:i32 prepared:i32 {_GROUPS} has_cu:i32 has_bias:i32 {_STRIDES['q']} "
     f"{_STRIDES['k']} {_STRIDES['v']} {_STRIDES['do']} {_STRIDES['g']} {_X_STRIDES}"
 )
 
@@ -280,13 +281,22 @@ _LOWRANK_ONLY = frozenset(
     {"x", "w", "bias", "inv_normalizer", "clamp_log2", "has_bias", "x_b", "x_t"}
     | {"dx", "dw", "db", "dx_first", "dx_tokens"}
 )
-_LEAD_ONLY = frozenset({"h0", "has_h0"})
-"""What ``gla_bwd`` takes for its way from the first token."""
+_LEAD_ONLY = {"gla_bwd": frozenset({"h0", "has_h0"})}
+"""What templates take for the way from the first token (``kernel_templates/_lead.py``)."""
+
+_KEPT_APART = frozenset({"qs", "ks", "decays", "ranges", "n_prepared", "prepared"})
+_KEEP_ONLY = {"gla_bwd_chunks": _KEPT_APART, "gla_bwd_chunks_exact": _KEPT_APART}
+"""What templates take to find again states that were not kept."""
 
 
-def kernel_leads(config: KernelConfig) -> bool:
-    """Whether programs find the way to their segments (``kernel_templates/_lead.py``)."""
-    return getattr(config, "lead", 0) > 0
+def unused_args(template: str, config: KernelConfig) -> frozenset[str]:
+    """Parameters of ``template`` that a kernel with ``config`` does not have."""
+    unused: frozenset[str] = frozenset()
+    if getattr(config, "lead", 0) == 0:
+        unused |= _LEAD_ONLY.get(template, unused)
+    if getattr(config, "keep", 1) == 1:
+        unused |= _KEEP_ONLY.get(template, unused)
+    return unused
 
 
 def kernel_specialisation(template: str, spec: Specialisation) -> Specialisation:
@@ -301,17 +311,17 @@ def kernel_specialisation(template: str, spec: Specialisation) -> Specialisation
     return spec
 
 
-def active_args(template: str, spec: Specialisation, *, leads: bool = False) -> tuple[Arg, ...]:
+def active_args(
+    template: str, spec: Specialisation, unused: frozenset[str] = frozenset()
+) -> tuple[Arg, ...]:
     """The parameters that exist at run time for ``spec`` (the others are compiled out).
 
     Args:
         template: of the kernel.
         spec: what it is compiled for.
-        leads: whether its programs find the way to their segments (``kernel_leads``).
+        unused: those that its config has no use for (``unused_args``).
     """
-    dropped = _VECTOR_ONLY if spec.gate is Gate.LOWRANK else _LOWRANK_ONLY
-    if template == "gla_bwd" and not leads:
-        dropped |= _LEAD_ONLY
+    dropped = unused | (_VECTOR_ONLY if spec.gate is Gate.LOWRANK else _LOWRANK_ONLY)
     return tuple(a for a in TEMPLATES[template].args if a.name not in dropped)
 
 
@@ -373,7 +383,7 @@ _WITHOUT = {
     "gla_bwd_exact": ("INTERPRETED",),
     "gla_bwd_walks": ("R", "BR", "UK", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
     "gla_bwd_walks_exact": ("INTERPRETED", "STAGES", "TMA"),
-    "gla_bwd_chunks": ("BX", "INTERPRETED", "TMA", "DV", "KEEP"),
+    "gla_bwd_chunks": ("BX", "INTERPRETED", "TMA", "DV"),
     "gla_bwd_chunks_exact": ("INTERPRETED", "DV"),
 }
 """Constants of the others that a template does not take."""
@@ -412,18 +422,22 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
         values["TURNED"] = config.turned
     elif isinstance(config, _TILED_K):
         values["DV"] = config.dv
-    if isinstance(config, TileKernelConfig):
+    if isinstance(config, TileKernelConfig) or template == "gla_bwd_chunks_exact":
         values["KEEP"] = config.keep
+    if template == "gla_bwd_chunks":
+        values["PK"] = padded_k(spec)
     if template in LEADING:
         values["LEAD"] = getattr(config, "lead", 0)
     for name in _WITHOUT.get(template, ()):
         del values[name]
-    return {**values, **_inactive(template, spec, kernel_leads(config))}
+    return {**values, **_inactive(template, spec, unused_args(template, config))}
 
 
-def _inactive(template: str, spec: Specialisation, leading: bool = False) -> dict[str, None]:
+def _inactive(
+    template: str, spec: Specialisation, unused: frozenset[str] = frozenset()
+) -> dict[str, None]:
     """What stands in for the parameters that do not exist at run time."""
-    active = {a.name for a in active_args(template, spec, leads=leading)}
+    active = {a.name for a in active_args(template, spec, unused)}
     return {a.name: None for a in TEMPLATES[template].args if a.name not in active}
 
 

@@ -1,7 +1,8 @@
 """The work of ``gla_bwd_chunks`` again, exact for every gate, where a chunk left the range.
 
 The mathematics is that of ``gla_bwd_exact``: blocks of BX = 16 rows, with the state at a block's
-start found again from the chunk's S, and the gradient of the state at its end from the chunk's dS.
+start found again from the kept S before it, and the gradient of the state at its end from the kept
+dS behind it.
 A program holds only a tile of V of either at a time.
 
 Tensors and grid are those of ``gla_bwd_chunks``; a program whose flag is 0 returns at once.
@@ -27,8 +28,12 @@ def gla_bwd_chunks_exact(
     bias,  # [H*K]
     do,  # [B, T, H, V]
     cu,  # [N + 1]
-    states,  # [B, HS, C, K, V]
-    dstates,  # [B, H, C, K, V]
+    qs,  # not read
+    ks,
+    decays,
+    ranges,
+    states,  # [B, HS, S, N_KEPT, K, V]
+    dstates,  # [B, H, S, N_KEPT, K, V]
     dq,  # [B, T, H, K]
     dk,  # [B, T, H, K]
     dg,  # [B, T, H, K]
@@ -45,6 +50,8 @@ def gla_bwd_chunks_exact(
     n_seg,
     seg_len,
     n_kept,
+    n_prepared,
+    prepared,
     q_group,
     k_group,
     s_group,
@@ -78,6 +85,7 @@ def gla_bwd_chunks_exact(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BX: tl.constexpr,
+    KEEP: tl.constexpr,
     LOWRANK: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -90,15 +98,17 @@ def gla_bwd_chunks_exact(
     if tl.load(flags + pid) == 0:
         return
     i_k = pid % NK
-    i_c = (pid // NK) % n_kept
+    i_c = (pid // NK) % (n_kept * KEEP)
     i_b, _i_n, i_h, slot, bos, n_tok, t_begin, _t_end, _is_first, _is_last = place(
-        pid // (NK * n_kept), cu, T, N, H, 0, n_seg, seg_len, has_cu
+        pid // (NK * n_kept * KEEP), cu, T, N, H, 0, n_seg, seg_len, has_cu
     )
-    t_chunk = t_begin + i_c * BT
+    # Of the kept state, and how many blocks of its tokens are before the chunk.
+    t_kept = t_begin + i_c // KEEP * (KEEP * BT)
+    before = i_c % KEEP * BLOCKS
     i_hs = i_h // s_group
     HS = H // s_group
-    chunk = slot.to(tl.int64) * n_kept + i_c
-    n_chunks = n_seg * n_kept
+    chunk = slot.to(tl.int64) * (n_kept * KEEP) + i_c
+    n_chunks = n_seg * (n_kept * KEEP)
 
     row = tl.arange(0, BX)
     o_k = i_k * BK + tl.arange(0, BK)
@@ -116,8 +126,8 @@ def gla_bwd_chunks_exact(
     row_do = do_t.to(tl.int64) * UV
     out = ((i_b * T + bos) * H + i_h) * K
     row_dk = H.to(tl.int64) * K
-    states += ((i_b * HS + i_hs) * n_chunks + chunk) * (K * V)
-    dstates += ((i_b * H + i_h) * n_chunks + chunk) * (K * V)
+    states += ((i_b * HS + i_hs) * n_chunks + chunk) // KEEP * (K * V)
+    dstates += ((i_b * H + i_h) * n_chunks + chunk) // KEEP * (K * V)
     b_w = 0.0
     b_bias = 0.0
     row_g = row_q
@@ -140,9 +150,9 @@ def gla_bwd_chunks_exact(
         g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
         row_g = g_t.to(tl.int64) * UK
 
-    for block in tl.range(0, BLOCKS, num_stages=1):
+    for block in tl.range(before, before + BLOCKS, num_stages=1):
         # What passes through the state, over tiles of V.
-        t = t_chunk + block * BX
+        t = t_kept + block * BX
         m_t = t + row < n_tok
         b_da = tl.zeros([BX, BX], dtype=tl.float32)
         b_out = tl.zeros([BX, BK], dtype=tl.float32)
@@ -156,7 +166,7 @@ def gla_bwd_chunks_exact(
             b_s = tl.load(states + p_state, mask=m_state, other=0.0).to(tl.float32)  # [BK, BV]
             b_ds = tl.load(dstates + p_state, mask=m_state, other=0.0).to(tl.float32)
             for j in tl.range(0, block, num_stages=1):
-                t_j = t_chunk + j * BX
+                t_j = t_kept + j * BX
                 m_j = t_j + row < n_tok
                 m_after = (row < BX - 1) & (t_j + 1 + row < n_tok)
                 b_step, _, _ = gate_rows(
@@ -172,8 +182,8 @@ def gla_bwd_chunks_exact(
                 kh = operand(b_k.to(tl.float32) * tl.exp2(tl.cumsum(b_after, 0, reverse=True)), IO)
                 b_s = b_s * tl.exp2(tl.sum(b_step, 0))[:, None]
                 b_s = tl.dot(tl.trans(kh), operand(b_v, IO), b_s, input_precision=PRECISION)
-            for j in tl.range(0, BLOCKS - 1 - block, num_stages=1):
-                t_j = t_chunk + (BLOCKS - 1 - j) * BX
+            for j in tl.range(0, KEEP * BLOCKS - 1 - block, num_stages=1):
+                t_j = t_kept + (KEEP * BLOCKS - 1 - j) * BX
                 m_j = t_j + row < n_tok
                 b_step, _, _ = gate_rows(
                     g, x, b_w, b_bias, inv_normalizer, clamp_log2, t_j, m_j, row_g, row_x,

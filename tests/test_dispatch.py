@@ -196,6 +196,7 @@ def test_chunks_at_once_only_with_memory_for_their_states(
     few = Problem(spec, 8, 2048, 4)
     # 128 MiB of states, and of their gradients, are less than all tensors of the pass.
     assert kept_bytes(few, once) == 128 << 20
+    assert kept_bytes(few, replace(once, chunks=replace(once.chunks, keep=2))) == 64 << 20
     assert best(few) is rows[0]
     # In fp16 they would be four bytes each.
     wide = replace(spec, dtype=DType.FP16, gate_dtype=DType.FP16, K=256, V=512)

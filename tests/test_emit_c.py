@@ -74,6 +74,7 @@ BACK_IN_TILES = BackwardConfig(CHUNK, TileKernelConfig(32, 32, 16, 4, 2), CHUNK)
 AT_ONCE = ChunksBackwardConfig(
     PrepareKernelConfig(32, 16, 4, 2), CHUNK, TileKernelConfig(64, 32, 16, 4, 2), CHUNK
 )
+IN_PAIRS = replace(AT_ONCE, chunks=TileKernelConfig(32, 32, 16, 4, 2, keep=2))
 LED = ForwardConfig(replace(CHUNK, lead=32), 64)
 BACK_LED = BackwardConfig(None, TileKernelConfig(32, 64, 64, 4, 2, dv=True, lead=32), None, 64)
 DECODE = DecodeConfig(DecodeKernelConfig(block_v=16, num_warps=2))
@@ -181,6 +182,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
         PackRow.make("h100", "tuned", "", LOWRANK, Bucket(5, 9), BACK),
         PackRow.make("h100", "tuned", "", DENSE, Bucket(7, 9), BACK_IN_TILES),
         PackRow.make("h100", "tuned", "", DENSE, Bucket(8, 9), AT_ONCE),
+        PackRow.make("h100", "tuned", "", DENSE, Bucket(8, 13), IN_PAIRS),
         PackRow.make("h100", "tuned", "", DENSE, Bucket(6, 10), LED),
         PackRow.make("h100", "tuned", "", LOWRANK, Bucket(6, 10), LED),
         PackRow.make("h100", "tuned", "", DENSE, Bucket(6, 10), BACK_LED),
@@ -209,6 +211,7 @@ NAMES = {
     (LOWRANK, LED): "glac_sm90a_fwd_k64_v48_lowrank16_bf16_bh6_t10",
     (DENSE, BACK_LED): "glac_sm90a_bwd_k64_v48_vector_bf16_gfp32_bh6_t10",
     (DENSE, AT_ONCE): "glac_sm90a_bwd_k64_v48_vector_bf16_gfp32_bh8_t9",
+    (DENSE, IN_PAIRS): "glac_sm90a_bwd_k64_v48_vector_bf16_gfp32_bh8_t13",
     (SCALAR, ONE_NUMBER): "glac_sm90a_fwd_k64_v48_scalar_bf16_gfp32_bh5_t9",
     (SCALAR, ONE_NUMBER_BACK): "glac_sm90a_bwd_k64_v48_scalar_bf16_gfp32_bh5_t9",
     (SCALAR, ONE_NUMBER_WALK): "glac_sm90a_bwd_k64_v48_scalar_bf16_gfp32_bh7_t9",
@@ -541,7 +544,9 @@ BACK_CASES: dict[str, dict[str, Any]] = {
 
 @needs_gcc
 @pytest.mark.parametrize(
-    "config", [BACK, BACK_CUT, BACK_LED, AT_ONCE], ids=["whole", "cut", "led", "at once"]
+    "config",
+    [BACK, BACK_CUT, BACK_LED, AT_ONCE, IN_PAIRS],
+    ids=["whole", "cut", "led", "at once", "in pairs"],
 )
 @pytest.mark.parametrize("case", BACK_CASES)
 def test_gradients_launch_what_python_does(
@@ -884,7 +889,7 @@ def test_the_text_depends_on_the_pack_alone(pack: Pack, tmp_path: Path) -> None:
     # Two GPUs with one config share a function; rows whose results PyTorch adds up have none.
     assert {name for name in NAMES.values() if f"int {name}(" in header} == set(NAMES.values())
     assert header.count("_workspace(const glac_forward *call);") == 10
-    assert header.count("_workspace(const glac_backward *call);") == 6
+    assert header.count("_workspace(const glac_backward *call);") == 7
     assert header.count("const glac_decode *call,\n    void *stream);") == 3
     assert "gla_bwd_k64_v48_lowrank16" not in source
     assert function_names(pack) == NAMES

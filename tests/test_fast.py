@@ -46,6 +46,10 @@ BACKWARD: dict[str, BackwardConfig | ChunksBackwardConfig] = {
     "at once": ChunksBackwardConfig(
         PrepareKernelConfig(32, 64, 4, 2), CHUNK, TileKernelConfig(64, 64, 32, 4, 2), CHUNK
     ),
+    "in pairs": ChunksBackwardConfig(
+        *(PrepareKernelConfig(32, 64, 4, 2), CHUNK),
+        *(TileKernelConfig(64, 64, 32, 4, 2, keep=2), CHUNK),
+    ),
 }
 
 

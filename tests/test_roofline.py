@@ -233,6 +233,13 @@ def test_chunks_at_once_make_each_gradient_once() -> None:
     assert (chunks.programs, chunks.steps) == (4 * 32 * 32, 1)
     # q, k, gate and their gradients; v and do; the states again.
     assert chunks.bytes == tokens * 2 * (6 * 256 + 2 * 512) + states
+    pairs = replace(once, chunks=replace(tile, keep=2))
+    half = {k.template: k for k in kernel_work(wide, pairs, H200)}
+    assert kept_states_bytes(wide, pairs) == states // 2
+    assert half["gla_bwd_walks"].bytes == walks.bytes - states // 2
+    assert half["gla_bwd_chunks"].bytes == chunks.bytes - states // 2
+    assert half["gla_bwd_chunks"].programs == chunks.programs
+    assert half["gla_bwd_chunks"].flops > chunks.flops
     cut_twice = replace(once, segment=1024)
     names = [kernel.template for kernel in kernel_work(wide, cut_twice, H200)]
     assert names[:4] == ["gla_states", "gla_combine"] * 2

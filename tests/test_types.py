@@ -66,7 +66,6 @@ from glac.templates import (
     TEMPLATES,
     active_args,
     constants,
-    kernel_leads,
     pointer_type,
     sources_sha256,
     state_dtype,
@@ -74,6 +73,7 @@ from glac.templates import (
     template_ops,
     templates_sha256,
     tiles,
+    unused_args,
 )
 
 
@@ -489,7 +489,7 @@ def test_descriptors_need_hopper_and_whole_rows() -> None:
     [
         ({"chunks": TileKernelConfig(64, 64, 64, 4, 3, tma=True)}, "kernels that walk"),
         ({"chunks": TileKernelConfig(64, 64, 64, 4, 3, dv=True)}, "kernels that walk"),
-        ({"chunks": TileKernelConfig(64, 64, 64, 4, 3, keep=2)}, "kernels that walk"),
+        ({"chunks": TileKernelConfig(64, 64, 64, 4, 3, keep=4)}, "keep must be 1 or 2"),
         ({"chunks": TileKernelConfig(64, 256, 64, 4, 3)}, "chunks.block_k 256 exceeds"),
         ({"chunks": TileKernelConfig(16, 64, 64, 4, 3)}, "multiple of walks.chunk 32"),
         ({"walks": ChunkKernelConfig(16, 64, 4, 3)}, "walks.chunk must be prepare.chunk 32"),
@@ -515,6 +515,16 @@ def test_parts_of_chunks_at_once_stay_legal() -> None:
         assert getattr(changed, part) == kernel
     exact = AT_ONCE.kernels()["gla_bwd_chunks_exact"]
     assert exact == ExactKernelConfig(64, 64, 64, 4)
+    pairs = AT_ONCE.with_part("chunks", replace(AT_ONCE.chunks, keep=2))
+    assert pairs.kernels()["gla_bwd_chunks_exact"] == replace(exact, keep=2)
+    assert is_legal(SPEC, pairs, H100)
+    assert is_legal(SPEC, pairs.with_part("walks", ChunkKernelConfig(16, 64, 4, 3)), H100)
+    short = replace(pairs, walks=replace(pairs.walks, chunk=16))
+    short = replace(short, prepare=replace(pairs.prepare, chunk=16))
+    assert "chunks.keep takes at most two" in str(why_illegal(SPEC, short, H100))
+    many = replace(pairs, chunks=replace(pairs.chunks, keep=4))
+    assert "chunks.keep must be 1 or 2" in str(why_illegal(SPEC, many, H100))
+    assert "multiple of 128" in str(why_illegal(SPEC, replace(pairs, segment=64), H100))
     walks = AT_ONCE.kernels()["gla_bwd_walks_exact"]
     assert tiles("gla_bwd_walks", SPEC, AT_ONCE.walks) == tiles("gla_bwd_walks_exact", SPEC, walks)
 
@@ -660,7 +670,7 @@ def test_abi(name: str, spec: Specialisation, data: st.DataObject) -> None:
     hypothesis.assume(template_ops(name)[0].serves(spec.gate))
     config = data.draw(KERNEL_CONFIG_STRATEGIES[KERNEL_CONFIGS[name]])
     kernel = KernelSpec(name, spec, config, "sm_90a")
-    args = active_args(name, kernel.spec, leads=kernel_leads(config))
+    args = active_args(name, kernel.spec, unused_args(name, config))
     # What exists at run time and what is compiled in share no name.
     assert not {arg.name for arg in args} & set(constants(name, kernel.spec, config))
     kinds = [arg.is_pointer for arg in args]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from glac import decode, scalar
 from glac.backward import cut, cut_segments, run_backward
-from glac.chunks_backward import segment_chunks
+from glac.chunks_backward import segment_states
 from glac.configs import (
     BackwardConfig,
     ChunksBackwardConfig,
@@ -264,11 +264,12 @@ class BackwardCase(Case):
     def _chunk_buffers(self, config: ChunksBackwardConfig) -> list[Buffer]:
         problem, spec, i = self.problem, self.problem.spec, self.inputs
         segments, tile = cut_segments(problem, config)[0], TORCH_DTYPES[state_dtype(spec)]
-        slots = segments * segment_chunks(problem, config)
+        kept = segments * segment_states(problem, config)
+        slots = kept * config.chunks.keep
         heads, keys, walked = problem.B * problem.H, padded_k(spec), config.prepare.chunk
         prepared = chunk_slots(problem, walked)
         held: list[Buffer] = [(tuple(x.shape), x.dtype) for x in (i.q, i.k, i.v)]
-        held += [((heads, slots, spec.K, spec.V), tile)] * 2
+        held += [((heads, kept, spec.K, spec.V), tile)] * 2
         held += [((heads, prepared, walked, keys), tile)] * 2
         held.append(((heads, prepared, walked, walked), tile))
         if i.g is None:

@@ -133,16 +133,21 @@ def _at_once_launches(config: ChunksBackwardConfig) -> tuple[Launch, ...]:
     walks = {
         **{**_BOTH_SIDES, **_PREPARED},
         **{"starts": "s->starts", "ends": "s->ends", "decays": "s->decays"},
-        **{"flags": "s->chunk_flags", "keep": str(config.chunks.chunk)},
+        **{"flags": "s->chunk_flags", "keep": str(config.chunks.kept_tokens)},
     }
-    chunks = {**_BOTH_SIDES, "flags": "s->flags"}
+    chunks = {
+        **{**_BOTH_SIDES, **{f: f"s->{f}" for f in ("qs", "ks", "decays", "flags")}},
+        **{"ranges": "s->chunk_flags", "n_prepared": "s->n_chunks"},
+        "prepared": str(config.prepare.chunk),
+    }
     segments = "(int64_t)s->n_seg * call->B * s->H"
+    both = f"{segments} * s->n_kept * {config.chunks.keep}"
     return (
         Launch("gla_prepare", prepare, "(int64_t)s->n_chunks * call->B * s->H"),
         Launch("gla_bwd_walks", walks, segments),
         Launch("gla_bwd_walks_exact", walks, segments),
-        Launch("gla_bwd_chunks", chunks, f"{segments} * s->n_kept"),
-        Launch("gla_bwd_chunks_exact", chunks, f"{segments} * s->n_kept"),
+        Launch("gla_bwd_chunks", chunks, both),
+        Launch("gla_bwd_chunks_exact", chunks, both),
     )
 
 
@@ -168,8 +173,8 @@ def _define(item: Function, kernels: Kernels) -> Iterator[str]:
         way = {
             "segment": segment,
             "step": step,
-            "kept_tokens": config.chunks.chunk,
-            "tiles": kernels.of(item, launches[-1]).tiles,
+            "kept_tokens": config.chunks.kept_tokens,
+            "tiles": kernels.of(item, launches[-1]).tiles * config.chunks.keep,
             "state_bytes": spec.K * spec.V * bytes_each,
         }
         tile = (config.prepare.chunk, padded_k(spec), bytes_each, spec.K, spec.V)
@@ -330,7 +335,7 @@ static int take_chunk_states(const glac_backward *call, gradient_sizes *s, int64
 typedef struct row_way {
   int64_t segment, step;  /* tokens of its segments, what others are a multiple of */
   int64_t kept_tokens;    /* from one kept state to the next */
-  int64_t tiles;          /* programs of a segment of a head */
+  int64_t tiles;          /* programs of a segment of a head, or of one of its kept states */
   int64_t state_bytes;    /* of one that is kept */
   int64_t again_bytes;    /* of those that a program finds again between kept ones */
   int64_t leads;          /* whether programs find the states before and behind segments */
@@ -420,7 +425,7 @@ static int take_segments(const glac_backward *call, gradient_sizes *s, const row
 """,
     "take_at_once": """
 /* Memory for chunks of `walked` tokens in tiles of `keys` channels with elements of `bytes`, as
-   gla_prepare makes them, and for the states on both sides of the chunks of gradients. */
+   gla_prepare makes them, and for the states on both sides of chunks of gradients, or of pairs. */
 static int take_at_once(const glac_backward *call, gradient_sizes *s, const row_way *way,
                         int64_t walked, int64_t keys, size_t bytes, int64_t K, int64_t V) {
   int64_t T = call->T, count, length;

@@ -306,13 +306,14 @@ def chunks_config(
     walked: int = 16,
     walk_v: int = 16,
     tma: bool = False,
+    keep: int = 1,
     segment: int = 0,
 ) -> ChunksBackwardConfig:
     """``walked`` tokens are a chunk of the walks, ``walk_v`` values a tile of theirs."""
     return ChunksBackwardConfig(
         PrepareKernelConfig(walked, 16, 4, 2),
         ChunkKernelConfig(walked, walk_v, 4, 2, tma),
-        TileKernelConfig(chunk, block_k, block_v, 4, 2),
+        TileKernelConfig(chunk, block_k, block_v, 4, 2, keep=keep),
         ChunkKernelConfig(16, 16, 4, 2, tma),
         segment,
     )

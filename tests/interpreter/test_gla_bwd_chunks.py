@@ -41,6 +41,8 @@ CONFIGS = {
     "wide tiles": (20, 40, chunks_config(64, 32, 32, walked=32)),
     "descriptors": (16, 40, chunks_config(32, tma=True)),
     "padded descriptors": (24, 36, chunks_config(32, 32, tma=True)),
+    "pairs": (24, 36, chunks_config(16, tma=True, keep=2)),
+    "pairs of two walked chunks": (20, 40, chunks_config(32, 32, 32, keep=2)),
 }
 EVERY_CONFIG = pytest.mark.parametrize("name", CONFIGS)
 
@@ -51,7 +53,7 @@ def drawn(keys: int, values: int, *, tokens: int = 70, heads: int = 1) -> Inputs
 
 @st.composite
 def drawn_configs(draw: st.DrawFn) -> ChunksBackwardConfig:
-    chunk = draw(st.sampled_from([16, 32, 64]))
+    chunk, keep = draw(st.sampled_from([(16, 1), (32, 1), (64, 1), (16, 2), (32, 2)]))
     return chunks_config(
         chunk,
         draw(st.sampled_from([16, 32])),
@@ -59,6 +61,7 @@ def drawn_configs(draw: st.DrawFn) -> ChunksBackwardConfig:
         walked=min(chunk, draw(st.sampled_from([16, 32]))),
         walk_v=draw(st.sampled_from([16, 32])),
         tma=draw(st.booleans()),
+        keep=keep,
         segment=draw(st.sampled_from([0, 64])),
     )
 
@@ -75,6 +78,7 @@ def fitted(x: Inputs, cfg: ChunksBackwardConfig) -> ChunksBackwardConfig:
         walked=cfg.walks.chunk,
         walk_v=min(cfg.walks.block_v, padded_v(spec)),
         tma=cfg.walks.tma and aligned,
+        keep=cfg.chunks.keep,
         segment=cfg.segment,
     )
 
@@ -90,18 +94,19 @@ def test_tiles(name: str, tokens: int) -> None:
     ("carried", "end", "dh0"),
     [(True, True, True), (True, False, False), (False, True, False), (False, False, True)],
 )
-@pytest.mark.parametrize("segment", [0, 16])
+@pytest.mark.parametrize(("keep", "segment"), [(1, 0), (1, 16), (2, 0), (2, 32)])
 @pytest.mark.parametrize("hard", [False, True])
 def test_states_at_both_ends(
-    carried: bool, end: bool, dh0: bool, segment: int, hard: bool
+    carried: bool, end: bool, dh0: bool, keep: int, segment: int, hard: bool
 ) -> None:
     """The state before the first token and the gradient of the one after the last."""
-    x = drawn(16, 20, tokens=20)
+    x = drawn(16, 20, tokens=20 if keep == 1 else 40)
     if hard:
         x = replace(x, g=hard_gates(x.q.shape))
     if not carried:
         x = replace(x, initial_state=None)
-    assert_gradients_right(x, chunks_config(16, segment=segment), end=end, dh0=dh0)
+    cfg = chunks_config(16, keep=keep, segment=segment)
+    assert_gradients_right(x, cfg, end=end, dh0=dh0)
 
 
 @settings(max_examples=4)
@@ -166,6 +171,7 @@ def test_equal_those_in_fp64(
 )
 @example(40, 1, 24, 40, (FP32, FP32), chunks_config(32, 32, 32), True, True, 0)
 @example(20, 1, 16, 24, (FP16, FP16), chunks_config(32, tma=True), True, False, 1)
+@example(40, 2, 16, 24, (FP32, FP32), chunks_config(32, keep=2), True, True, 2)
 def test_are_exact_for_every_gate(
     tokens: int,
     heads: int,
@@ -205,6 +211,19 @@ def test_one_reset(position: int, gate_dtype: torch.dtype) -> None:
     assert found.flags[0].view(2, 3).tolist() == wanted
 
 
+@pytest.mark.parametrize("position", [3, 20, 40, 69])
+def test_one_reset_in_a_pair(position: int) -> None:
+    """States are found again from what was prepared, so not from a part that left the range."""
+    x = make_inputs(1, 70, 1, 16, 20, dtype=FP32, initial_state=True)
+    assert x.g is not None
+    x.g[:, position, 0, 7] = -math.inf
+    found = assert_gradients_right(x, chunks_config(16, walked=16, keep=2))
+    pair = position // 32
+    assert found.flags[0].tolist() == [
+        int(chunk // 2 == pair and 16 * chunk < 70) for chunk in range(6)
+    ]
+
+
 # --- low-rank gates ---------------------------------------------------------------------------
 
 
@@ -225,6 +244,7 @@ def test_one_reset(position: int, gate_dtype: torch.dtype) -> None:
 )
 @example(1, 40, 2, 16, 24, (FP16, FP32), 8, chunks_config(), True, 0.05, None, 0)
 @example(2, 70, 2, 20, 16, (FP32, FP32), 16, chunks_config(32, 32), False, 16.0, -1e-3, 0)
+@example(1, 70, 2, 20, 24, (FP32, FP32), 8, chunks_config(16, keep=2), True, 1.0, None, 0)
 def test_low_rank_gate(
     batch: int,
     tokens: int,
