@@ -82,9 +82,13 @@ class ChunkKernelConfig(_KernelConfig):
         tma: load and store through tensor descriptors (Hopper only).
         lead: of ``gla_fwd``, tokens per chunk on each program's way to its segment
             (``kernel_templates/_lead.py``); 0 where other kernels find the state before it.
+        stops: of ``gla_states`` and ``gla_walk_states``, find what a segment adds from no further
+            than the gate lets anything through (``kernel_templates/_summary.py``).
+        product_ends: of ``gla_fwd`` without ``lead``, a chunk's whole decay as a product of its
+            own instead of the last row of the cumulative gate.
     """
 
-    OMITTED: ClassVar[Mapping[str, int]] = {"lead": 0}
+    OMITTED: ClassVar[Mapping[str, int]] = {"lead": 0, "stops": False, "product_ends": False}
 
     chunk: int
     block_v: int
@@ -92,12 +96,16 @@ class ChunkKernelConfig(_KernelConfig):
     num_stages: int
     tma: bool = False
     lead: int = 0
+    stops: bool = False
+    product_ends: bool = False
 
     @property
     def slug(self) -> str:
         tma = "_tma" if self.tma else ""
         lead = f"_l{self.lead}" if self.lead else ""
-        return f"c{self.chunk}_bv{self.block_v}_w{self.num_warps}_s{self.num_stages}{tma}{lead}"
+        ways = "_stop" * self.stops + "_pe" * self.product_ends
+        tile = f"c{self.chunk}_bv{self.block_v}_w{self.num_warps}_s{self.num_stages}"
+        return f"{tile}{tma}{lead}{ways}"
 
 
 @dataclass(frozen=True, order=True)
@@ -814,6 +822,8 @@ def lesser_choices(config: KernelConfig, name: str) -> list[int]:
 
 LEADING = ("fwd", "grads")
 """Parts of configs whose kernels may find the way to their segments themselves."""
+STOPPING = ("summary", "states")
+"""Parts whose kernels find what segments add."""
 
 
 def _why_illegal_kernel(
@@ -829,6 +839,10 @@ def _why_illegal_kernel(
             return f"{what}.{name} must be one of {allowed}, got {values[name]}"
     if values.get("lead") and what not in LEADING:
         return f"{what}.lead must be 0"
+    if values.get("stops") and (what not in STOPPING or spec.gate.is_scalar):
+        return f"{what}.stops must be false"
+    if values.get("product_ends") and (what != "fwd" or values.get("lead")):
+        return f"{what}.product_ends must be false"
     # Without a tile of its own a program holds all of K.
     block_k = values.get("block_k", padded_k(spec))
     if block_k > padded_k(spec):
@@ -936,6 +950,8 @@ def _why_illegal_prepared(
 
 def _why_illegal_forward(spec: Specialisation, config: ForwardConfig, gpu: GpuSpec) -> str | None:
     if config.prepare is not None:
+        if config.fwd.product_ends:
+            return "fwd.product_ends is for chunks that nothing prepared"
         reason = _why_illegal_kernel(
             spec, config.prepare, gpu, "prepare"
         ) or _why_illegal_prepared(spec, config.fwd, config.prepare, gpu, "fwd", 2)

@@ -366,6 +366,9 @@ def stride_unit(dim: int) -> int:
 LEADING = ("gla_fwd", "gla_bwd")
 """Templates whose programs may find the way to their segments."""
 
+SUMMARISING = ("gla_states", "gla_walk_states")
+"""Templates that find what segments add."""
+
 _TILED_K = (TileKernelConfig, ExactKernelConfig)
 """Configs of kernels whose programs hold a tile of K, not all of it."""
 
@@ -380,7 +383,7 @@ _WITHOUT = {
     "gla_walk_states": ("INTERPRETED",),
     "gla_walk": ("INTERPRETED",),
     "gla_bwd": ("BX",),
-    "gla_bwd_exact": ("INTERPRETED",),
+    "gla_bwd_exact": ("INTERPRETED", "KEEP"),
     "gla_bwd_walks": ("R", "BR", "UK", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
     "gla_bwd_walks_exact": ("INTERPRETED", "STAGES", "TMA"),
     "gla_bwd_chunks": ("BX", "INTERPRETED", "TMA", "DV"),
@@ -412,6 +415,10 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
         "PRECISION": input_precision(spec),
         "INTERPRETED": False,
     }
+    if template in SUMMARISING:
+        values["STOPS"] = getattr(config, "stops", False)
+    if template == "gla_fwd":
+        values["ENDS"] = getattr(config, "product_ends", False)
     if isinstance(config, PrepareKernelConfig):
         values.update(BC=config.block_k, STAGES=config.num_stages)
     else:
@@ -422,7 +429,7 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
         values["TURNED"] = config.turned
     elif isinstance(config, _TILED_K):
         values["DV"] = config.dv
-    if isinstance(config, TileKernelConfig) or template == "gla_bwd_chunks_exact":
+    if isinstance(config, _TILED_K):
         values["KEEP"] = config.keep
     if template == "gla_bwd_chunks":
         values["PK"] = padded_k(spec)

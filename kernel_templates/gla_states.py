@@ -12,7 +12,8 @@ does one of two things with its segments (``_place``):
 - *summarise*: walk from zero and store what the segment adds to the state behind it, times
   ``out_scale``, into the next slot of ``starts`` (in reverse: the slot before), and its total gate
   into ``decay``; ``gla_combine`` chains these. The last segment (in reverse: the first) adds to
-  nothing and returns.
+  nothing and returns. With STOPS the walk goes the other way and ends where nothing is left to
+  add (``_summary``).
 
 In reverse, k stands for q, v for do and ``starts`` for the gradients of states at segments' ends.
 
@@ -47,6 +48,7 @@ from glac.kernel_templates._bwd import (
 )
 from glac.kernel_templates._gate import LOG2E, clamped, operand
 from glac.kernel_templates._place import place
+from glac.kernel_templates._summary import summary_walk
 
 
 @triton.jit
@@ -105,6 +107,7 @@ def gla_states(
     BT: tl.constexpr,
     BV: tl.constexpr,
     STAGES: tl.constexpr,
+    STOPS: tl.constexpr,
     LOWRANK: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -182,6 +185,24 @@ def gla_states(
     sign = tl.where(reverse != 0, 1.0, -1.0)
     whole = tl.where(reverse != 0, 0.0, 1.0)
     n_chunks = tl.cdiv(t_end - t_walk, BT)
+    if STOPS:
+        if summarise != 0:
+            if LOWRANK:
+                l_g = x
+                l_w = b_w
+                l_bias = b_bias
+                row_l = row_x
+            else:
+                l_g = s_g
+                l_w = 0.0
+                l_bias = 0.0
+                row_l = row_g
+            b_s, b_total = summary_walk(
+                b_s, s_k, s_v, l_g, l_w, l_bias, inv_normalizer, clamp_log2, upper, reverse,
+                t_walk, t_end, n_tok, v0, row_k, row_v, row_l, m_k, m_v,
+                R, BR, BK, BV, BT, STAGES, LOWRANK, BF16, PRECISION, TMA,
+            )  # fmt: skip
+            n_chunks = n_chunks * 0
     c_first = tl.where(reverse != 0, n_chunks - 1, 0)
     c_step = tl.where(reverse != 0, -1, 1)
     for i in tl.range(0, n_chunks, num_stages=STAGES):

@@ -5,6 +5,7 @@
 is stored into the next slot of ``starts``, and the segment's total gate into ``decay``;
 ``gla_combine`` chains these. The last segment of a sequence adds to nothing and returns. This is
 ``gla_walk`` without its read-out, and it does for it what ``gla_states`` does for ``gla_fwd``.
+With STOPS the walk begins where the gate lets something through to the border (``_summary``).
 
 A segment with a flag set goes through the blocks of ``_exact``. These write its rows of ``o`` as
 well, as if it began with a state of 0; ``gla_walk`` overwrites them afterwards.
@@ -26,7 +27,7 @@ import triton.language as tl
 
 from glac.kernel_templates._exact import exact_segment
 from glac.kernel_templates._flags import flagged
-from glac.kernel_templates._gate import operand
+from glac.kernel_templates._gate import STEP_MIN_LOG2, operand
 from glac.kernel_templates._place import place
 
 ROWS = tl.constexpr(16)
@@ -89,6 +90,7 @@ def gla_walk_states(
     BV: tl.constexpr,
     BX: tl.constexpr,
     STAGES: tl.constexpr,
+    STOPS: tl.constexpr,
     LOWRANK: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -156,6 +158,20 @@ def gla_walk_states(
         )  # fmt: skip
     else:
         b_s = tl.zeros([BV, BK], dtype=tl.float32)
+        if STOPS:
+            # Back over the chunks' decays, until nothing before them reaches the border.
+            b_after = tl.zeros([BK], dtype=tl.float32)
+            adds = c_end * 0 + 1
+            while (adds != 0) & (c_end > c_first):
+                o_c = c_end - 1 - tl.arange(0, ROWS)
+                p_e = o_c.to(tl.int64)[:, None] * BK + o_k[None, :]
+                b_e = tl.load(ends + p_e, mask=(o_c >= c_first)[:, None], other=1.0)
+                b_after += tl.sum(tl.log2(b_e), 0)
+                c_end = tl.maximum(c_end - ROWS, c_first)
+                # Written so that a NaN goes on.
+                gone = (b_after < STEP_MIN_LOG2) | (m_k == 0)
+                adds = 1 - tl.min(gone.to(tl.int32), 0)
+            t_begin = c_end * BT
         for t in tl.range(t_begin, t_end, BT, num_stages=STAGES):
             if TMA:
                 b_k = d_k.load([t, 0])

@@ -46,7 +46,7 @@ from glac.tuning.space import Space, make_problem
 COLUMNS = ("B", "T", "H", "K", "V", "gate", "config", "status", "us")
 REPLAY_SESSION = "glac.tuning.replay:replay_session"
 
-_WALK = re.compile(r"c(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?(?:_l(\d+))?")
+_WALK = re.compile(r"c(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?(?:_l(\d+))?(_stop)?(_pe)?")
 _TILE = re.compile(r"c(\d+)_bk(\d+)_bv(\d+)_w(\d+)_s(\d+)(_tma)?(_dv)?(?:_k(\d+))?(?:_l(\d+))?")
 _PREPARE = re.compile(r"c(\d+)_bk(\d+)_w(\d+)_s(\d+)")
 _DECODE = re.compile(r"bv(\d+)_w(\d+)(?:_r(\d+))?")
@@ -59,7 +59,8 @@ def _walk(slug: str) -> ChunkKernelConfig:
         raise ValueError(f"{slug!r} is no tile such as c32_bv64_w4_s3")
     chunk, block_v, warps, stages = map(int, found.groups()[:4])
     tma, lead = found.group(5) is not None, int(found.group(6) or 0)
-    return ChunkKernelConfig(chunk, block_v, warps, stages, tma, lead)
+    stops, product_ends = found.group(7) is not None, found.group(8) is not None
+    return ChunkKernelConfig(chunk, block_v, warps, stages, tma, lead, stops, product_ends)
 
 
 def _tile(slug: str) -> TileKernelConfig:

@@ -47,6 +47,7 @@ from glac.configs import (
     ChunkKernelConfig,
     ChunksBackwardConfig,
     Config,
+    CutBackward,
     DecodeConfig,
     DecodeKernelConfig,
     ForwardConfig,
@@ -95,6 +96,7 @@ PREPARES = {
 """For each chunk, the best first: measured on an H100 at K of 128 and 256."""
 CHUNK_TILES = (
     TileKernelConfig(64, 64, 64, 4, 3),
+    TileKernelConfig(64, 128, 64, 8, 3, keep=2),
     TileKernelConfig(64, 128, 64, 8, 3),
     TileKernelConfig(64, 64, 128, 4, 2),
     TileKernelConfig(64, 64, 64, 4, 2),
@@ -116,6 +118,12 @@ LEAD_SPLITS = (8, 10, 11)
 """Sixteenths of a sequence that the first segment has, whose program has no way to go."""
 LEAD_GRADS_SPLITS = (4, 8)
 """The same backward, where every program walks through the whole sequence."""
+PRODUCT_ENDS_TRIED = 8
+"""Tiles of ``gla_fwd`` that are also tried with a chunk's whole decay as a product. On an H100
+that takes 4 % from 16,2048,8,128,128, and adds 5 % to 4,4096,64,128,128 with a low-rank gate."""
+STOPPING_SEGMENT = 4096
+"""From this length on summaries look whether anything is left to add. With the usual gates nothing
+is after 2300 tokens."""
 SMALLEST_SEGMENT = 256
 LONG_SEQUENCE = 8192
 PROGRAMS_PER_SM = 2
@@ -295,6 +303,11 @@ def _lead_gradients(
     return [config for config in found if why_illegal(problem.spec, config, gpu) is None]
 
 
+def _summary(tile: ChunkKernelConfig, segment: int) -> ChunkKernelConfig:
+    """``tile`` as the kernel that finds what segments add."""
+    return replace(tile, product_ends=False, stops=segment >= STOPPING_SEGMENT)
+
+
 def _prepared_configs(problem: Problem, gpu: GpuSpec) -> list[ForwardConfig]:
     """Whole sequences with ``gla_prepare``: pays where heads have several V tiles.
 
@@ -325,6 +338,13 @@ def _forward_configs(
         and _worth_compiling(tile, spec, gpu)
     ]
     single = [ForwardConfig(tile) for tile in tiles]
+    # Fewer instructions for more products: whether that pays has to be timed.
+    single += [
+        ForwardConfig(replace(c.fwd, product_ends=True))
+        for c in sorted(single, key=lambda c: (_prior(c, problem, gpu), c.slug))[
+            :PRODUCT_ENDS_TRIED
+        ]
+    ]
     # A segmented run repeats part of the work, so only tiles that are good at walking chunks, each
     # with a summary kernel of the same tile.
     single.sort(key=lambda c: (_prior(c, problem, gpu), c.slug))
@@ -333,14 +353,18 @@ def _forward_configs(
     prepared.sort(key=lambda c: (_prior(c, problem, gpu), c.slug))
     leading = _lead_configs(problem, gpu)
     split = [
-        replace(config, segment=length, summary=config.fwd)
+        replace(config, segment=length, summary=_summary(config.fwd, length))
         for config in prepared[:PREPARED_SPLIT]
         for length in lengths
     ]
     left = EXHAUSTIVE - len(single) - len(prepared) - len(leading) - len(split) - 1
     room = min(60, max(20, left)) // max(1, len(lengths))
     walkers = [c.fwd for c in single if c.fwd.num_stages >= 2][:room]
-    split += [ForwardConfig(tile, length, tile) for tile in walkers for length in lengths]
+    split += [
+        ForwardConfig(tile, length, _summary(tile, length))
+        for tile in walkers
+        for length in lengths
+    ]
     found = (*single, *prepared, *leading, *split)
     legal = [c for c in found if why_illegal(spec, c, gpu) is None]
     legal = [c for c in dict.fromkeys(legal) if c != default]
@@ -444,6 +468,22 @@ def _chunks_configs(problem: Problem, gpu: GpuSpec) -> list[ChunksBackwardConfig
     ]
 
 
+def _stopping(config: CutBackward) -> CutBackward:
+    """A config whose summaries stop where its segments are long."""
+    if config.states is None or config.segment < STOPPING_SEGMENT:
+        return config
+    return replace(config, states=replace(config.states, stops=True))
+
+
+def _in_segments(
+    whole: ChunksBackwardConfig, problem: Problem, gpu: GpuSpec
+) -> list[ChunksBackwardConfig]:
+    """As many segments as elsewhere, and half as many: at 256 x 512 summaries cost more."""
+    cut = cut_backward(whole, problem.spec, problem.bucket, gpu)
+    found = [cut, replace(cut, segment=2 * cut.segment)]
+    return [_stopping(c) for c in found if 0 < c.segment < problem.T]
+
+
 def _backward_configs(
     problem: Problem, gpu: GpuSpec, default: BackwardConfig | ChunksBackwardConfig
 ) -> list[BackwardConfig | ChunksBackwardConfig]:
@@ -473,14 +513,13 @@ def _backward_configs(
             values = [None] if dv else by_tile[: DV_BESIDE if chunks else DV_TRIED]
             found += [BackwardConfig(s, grads, v) for s in states for v in values]
         leading += _lead_gradients(problem, gpu, tiles, [None] if dv else by_tile[:2])
-    cut = [cut_backward(c, spec, problem.bucket, gpu) for c in found] + leading
+    cut = [_stopping(cut_backward(c, spec, problem.bucket, gpu)) for c in found] + leading
     legal = [c for c in cut if why_illegal(spec, c, gpu) is None and c != default]
     legal.sort(key=lambda c: (_grads_prior(c.grads, spec, gpu), c.slug))
-    # Whole as well: 4 heads of 32768 tokens take 2098 us so, and more in any segments.
     at_once = [
         cut
         for whole in chunks
-        for cut in dict.fromkeys((whole, cut_backward(whole, spec, problem.bucket, gpu)))
+        for cut in dict.fromkeys((whole, *_in_segments(whole, problem, gpu)))
     ]
     first = [c for c in at_once if why_illegal(spec, c, gpu) is None]
     return [*first, *legal]

@@ -100,6 +100,8 @@ def config(
     tma: bool = False,
     prepare: int = 0,
     lead: int = 0,
+    stops: bool = False,
+    product_ends: bool = False,
 ) -> ForwardConfig:
     """``prepare``: key channels at a time of ``gla_prepare``; 0: ``gla_fwd`` does its work.
 
@@ -110,7 +112,11 @@ def config(
         return ForwardConfig(fwd, segment)
     if prepare:
         summary_chunk = chunk
-    summary = replace(fwd, chunk=summary_chunk or chunk) if segment else None
+    summary = None
+    if segment:
+        summary = replace(fwd, chunk=summary_chunk or chunk, stops=stops)
+    if product_ends:
+        fwd = replace(fwd, product_ends=True)
     before = PrepareKernelConfig(chunk, prepare, 4, 2) if prepare else None
     return ForwardConfig(fwd, segment, summary, before)
 
@@ -215,13 +221,16 @@ def configs(draw: st.DrawFn) -> ForwardConfig:
         return config(chunk, tile, length, tma=draw(st.booleans()), lead=lead)
     if segment % max(chunk, summary):
         segment = 64
+    prepare = draw(st.sampled_from([0, 16, 32]))
     return config(
         chunk,
         draw(st.sampled_from([16, 32])),
         segment,
         summary_chunk=summary,
         tma=draw(st.booleans()),
-        prepare=draw(st.sampled_from([0, 16, 32])),
+        prepare=prepare,
+        stops=draw(st.booleans()),
+        product_ends=not prepare and draw(st.booleans()),
     )
 
 
@@ -239,12 +248,15 @@ def backward_config(
     keep: int = 1,
     lead: int = 0,
     segment: int = 0,
+    stops: bool = False,
 ) -> BackwardConfig:
     """``dv_chunk`` is that of ``gla_bwd_dv``; 0: ``gla_bwd`` makes dv itself.
 
     With ``lead`` programs walk to their segments, so many tokens at a time.
     """
-    states = None if lead else ChunkKernelConfig(states_chunk or chunk, 16, 4, 2, tma)
+    states = None
+    if not lead:
+        states = ChunkKernelConfig(states_chunk or chunk, 16, 4, 2, tma, stops=stops)
     return BackwardConfig(
         states,
         TileKernelConfig(chunk, block_k, block_v, 4, 2, tma, not dv_chunk, keep, lead),

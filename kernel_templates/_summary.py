@@ -1,0 +1,112 @@
+"""What a segment adds to the state behind it, walked from that border inwards.
+
+    forward    C = sum_t (k_t * 2^(A_end - A_t))^T v_t         from the last chunk to the first
+    reverse    D = sum_t (q_t * 2^(A_t))^T do_t                from the first chunk to the last
+
+with A the cumulative gate (log2) since the segment began. A gate forgets: once every channel has
+decayed by 2^160 between a token and the border, its factor is 0 in fp32, as are those of all
+tokens beyond, and the walk stops. The result is the same, bit for bit, as if it went on. It looks
+every SPAN tokens, as a loop of its own for each look is a pipeline that fills again. Gates that
+forget slowly let it walk through the whole segment.
+
+With gates logsigmoid(N(0, 1)) / 16 that is after 2300 tokens.
+"""
+
+import triton
+import triton.language as tl
+
+from glac.kernel_templates._bwd import (
+    cumulative_log2_t,
+    load_rows,
+    logsigmoid_gate,
+    lowrank_logits_t,
+)
+from glac.kernel_templates._gate import LOG2E, STEP_MIN_LOG2, clamped, operand
+
+SPAN = tl.constexpr(512)
+"""Tokens between two looks."""
+
+
+@triton.jit
+def summary_walk(
+    b_s,  # [BK, BV] zeros
+    s_k,  # rows of keys, in reverse of queries: a descriptor of [BT, BK] tiles, or a pointer
+    s_v,  # rows of values, in reverse of the output's gradient
+    s_g,  # rows of the gate, or of x
+    b_w,  # [BK, BR]
+    b_bias,  # [BK] bias * log2(e)
+    inv_normalizer,
+    clamp_log2,
+    upper,
+    reverse,
+    t_begin,
+    t_end,
+    n_tok,
+    v0,
+    row_k,
+    row_v,
+    row_g,
+    m_k,
+    m_v,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+    STAGES: tl.constexpr,
+    LOWRANK: tl.constexpr,
+    BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """The sum ``[BK, BV]``, and the decays ``[BK]`` of the tokens that were walked, in log2."""
+    IO: tl.constexpr = s_v.dtype if TMA else s_v.dtype.element_ty
+    row = tl.arange(0, BT)
+    o_k = tl.arange(0, BK)
+    o_v = v0 + tl.arange(0, BV)
+    o_r = tl.arange(0, BR)
+    b_total = tl.zeros([BK], dtype=tl.float32)
+    # Weights of G and Gend in the exponent of the factor: Gend - G, in reverse G.
+    sign = tl.where(reverse != 0, 1.0, -1.0)
+    whole = tl.where(reverse != 0, 0.0, 1.0)
+    n_chunks = tl.cdiv(t_end - t_begin, BT)
+    c_first = tl.where(reverse != 0, 0, n_chunks - 1)
+    c_step = tl.where(reverse != 0, 1, -1)
+    adds = n_chunks * 0 + 1
+    for seen in tl.range(0, n_chunks, SPAN // BT, num_stages=1):
+        n_here = tl.minimum(n_chunks - seen, SPAN // BT) * adds
+        for i in tl.range(0, n_here, num_stages=STAGES):
+            t = t_begin + (c_first + (seen + i) * c_step) * BT
+            m_t = t + row < n_tok
+            m_tk = m_t[:, None] & m_k[None, :]
+            if LOWRANK:
+                b_x = load_rows(
+                    s_g, t, 0, row_g, o_r, m_t[:, None] & (o_r < R)[None, :], BT, False
+                )
+            else:
+                b_g = load_rows(s_g, t, 0, row_g, o_k, m_tk, BT, TMA)
+            b_k = load_rows(s_k, t, 0, row_k, o_k, m_tk, BT, TMA)
+            b_v = load_rows(s_v, t, v0, row_v, o_v, m_t[:, None] & m_v[None, :], BT, TMA)
+            if LOWRANK:
+                b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
+                b_gt, _slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
+                b_gt = tl.where(m_t[None, :], b_gt, 0.0)  # tokens outside must not decay
+            else:
+                b_gt = clamped(tl.trans(b_g))
+            b_cum = cumulative_log2_t(b_gt, upper, LOWRANK, BF16)  # [BK, BT]
+            b_end = tl.min(b_cum, 1)  # [BK], the last column: g <= 0 makes G fall
+            if PRECISION == "tf32x3":
+                # See gla_states.
+                after = (row[:, None] > row[None, :]).to(tl.float32)
+                x_log2 = b_gt if LOWRANK else b_gt * LOG2E
+                b_after = tl.dot(x_log2, after, input_precision=PRECISION)
+                b_e = tl.where(reverse != 0, b_cum, b_after) + b_total[:, None]
+            else:
+                b_e = b_cum * sign + (b_end * whole + b_total)[:, None]
+            b_total += b_end
+            kh = operand(tl.trans(b_k) * tl.exp2(b_e), IO)  # [BK, BT]
+            b_s = tl.dot(kh, operand(b_v, IO), b_s, input_precision=PRECISION)
+        # Written so that a NaN goes on.
+        gone = (b_total < STEP_MIN_LOG2) | (m_k == 0)
+        adds = 1 - tl.min(gone.to(tl.int32), 0)
+    return b_s, b_total

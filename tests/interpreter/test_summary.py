@@ -1,0 +1,143 @@
+"""What segments add, found from their borders as far as the gate lets anything through."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glac.configs import BackwardConfig, ChunksBackwardConfig, ForwardConfig
+from glac.testing import Inputs, hard_gates, make_inputs
+from tests.helpers_gradients import ends_of
+from tests.interpreter.running import (
+    assert_gradients_right,
+    assert_right,
+    backward_config,
+    chunks_config,
+    config,
+    run,
+    run_gradients,
+)
+
+pytestmark = [
+    pytest.mark.interpreter,
+    # The fast kernels overflow wherever the exact ones have to take over.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+FP32 = torch.float32
+TOKENS, SEGMENT = 200, 96
+FORWARD = {
+    "gla_fwd": config(16, 16, SEGMENT, stops=True),
+    "descriptors": config(16, 16, SEGMENT, summary_chunk=32, tma=True, stops=True),
+    "gla_walk": config(16, 16, SEGMENT, prepare=16, stops=True),
+}
+AT_ONCE = chunks_config(16, segment=SEGMENT)
+BACKWARD = {
+    "gla_bwd": backward_config(16, segment=SEGMENT, stops=True),
+    "at once": replace(AT_ONCE, states=replace(AT_ONCE.states, stops=True)),
+}
+
+
+def look(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Let summaries look so often whether anything is left to add."""
+    constexpr = importlib.import_module("triton.language").constexpr
+    for module, name, value in (
+        ("_summary", "SPAN", tokens),
+        ("gla_walk_states", "ROWS", tokens // 16),
+    ):
+        kernels = importlib.import_module(f"glac.kernel_templates.{module}")
+        monkeypatch.setattr(kernels, name, constexpr(value))
+
+
+def drawn(gate: float, *, lowrank: bool = False) -> Inputs:
+    """A sequence whose channels decay by about ``gate`` in each step."""
+    if lowrank:
+        x = make_inputs(1, TOKENS, 1, 16, 20, dtype=FP32, gate="lowrank", initial_state=True)
+        assert x.bias is not None
+        return replace(x, bias=torch.full_like(x.bias, 16 * gate))
+    x = make_inputs(1, TOKENS, 1, 16, 20, dtype=FP32, initial_state=True)
+    generator = torch.Generator().manual_seed(0)
+    return replace(x, g=gate * (0.8 + 0.4 * torch.rand(x.q.shape, generator=generator)))
+
+
+@pytest.mark.parametrize("cfg", FORWARD.values(), ids=FORWARD)
+@pytest.mark.parametrize("lowrank", [False, True])
+def test_it_goes_no_further_than_needed(
+    cfg: ForwardConfig, lowrank: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """160 powers of two are 44 tokens of -2.5: what lies before is not even read."""
+    x = drawn(-2.5, lowrank=lowrank)
+    look(monkeypatch, 32)
+    assert_right(x, cfg)
+    short = run(x, cfg)
+    poisoned = x.v.clone()
+    poisoned[:, :16] = torch.nan
+    o, state = run(replace(x, v=poisoned), cfg)
+    assert torch.equal(o[:, SEGMENT:], short[0][:, SEGMENT:])
+    assert torch.equal(state, short[1])
+    look(monkeypatch, 1024)
+    for a, b in zip(short, run(x, cfg), strict=True):
+        assert torch.equal(a, b)
+    o, _ = run(replace(x, v=poisoned), cfg)
+    assert bool(o[:, SEGMENT:].isnan().any())
+
+
+@pytest.mark.parametrize("cfg", BACKWARD.values(), ids=BACKWARD)
+@pytest.mark.parametrize("lowrank", [False, True])
+def test_gradients_neither(
+    cfg: BackwardConfig | ChunksBackwardConfig, lowrank: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = drawn(-2.5, lowrank=lowrank)
+    look(monkeypatch, 32)
+    assert_gradients_right(x, cfg, end=True, dh0=True)
+    do, dht = ends_of(x)
+    short = run_gradients(x, cfg, do, dht).grads
+    late = do.clone()
+    late[:, 2 * SEGMENT - 16 : 2 * SEGMENT] = torch.nan
+    found = run_gradients(x, cfg, late, dht).grads
+    for name in ("dq", "dk", "dv"):
+        assert torch.equal(found[name][:, :SEGMENT], short[name][:, :SEGMENT]), name
+    look(monkeypatch, 1024)
+    for name, gradient in run_gradients(x, cfg, do, dht).grads.items():
+        assert torch.equal(gradient, short[name]), name
+
+
+@pytest.mark.parametrize("gate", [0.0, -50.0])
+@pytest.mark.parametrize("cfg", FORWARD.values(), ids=FORWARD)
+def test_slow_and_fast_gates(
+    cfg: ForwardConfig, gate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look(monkeypatch, 32)
+    assert_right(drawn(gate), cfg)
+
+
+@settings(max_examples=4)
+@given(cfg=st.sampled_from([*FORWARD.values()]), seed=st.integers(0, 2**16))
+def test_hard_gates(cfg: ForwardConfig, seed: int) -> None:
+    x = make_inputs(1, 120, 1, 16, 20, dtype=FP32, seed=seed, initial_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        look(patch, 32)
+        assert_right(replace(x, g=hard_gates(x.q.shape, seed=seed)), cfg)
+
+
+@settings(max_examples=3)
+@given(cfg=st.sampled_from([*BACKWARD.values()]), seed=st.integers(0, 2**16))
+def test_gradients_of_hard_gates(cfg: BackwardConfig | ChunksBackwardConfig, seed: int) -> None:
+    x = make_inputs(1, 120, 1, 16, 20, dtype=FP32, seed=seed, initial_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        look(patch, 32)
+        assert_gradients_right(replace(x, g=hard_gates(x.q.shape, seed=seed)), cfg, end=True)
+
+
+def test_one_channel_that_forgets_nothing_keeps_it_going(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = drawn(-8.0)
+    assert x.g is not None
+    x.g[..., 3] = 0.0
+    look(monkeypatch, 32)
+    for cfg in FORWARD.values():
+        assert_right(x, cfg)
