@@ -73,8 +73,11 @@ def summary_walk(
     c_first = tl.where(reverse != 0, 0, n_chunks - 1)
     c_step = tl.where(reverse != 0, 1, -1)
     adds = n_chunks * 0 + 1
-    for seen in tl.range(0, n_chunks, SPAN // BT, num_stages=1):
-        n_here = tl.minimum(n_chunks - seen, SPAN // BT) * adds
+    seen = n_chunks * 0
+    # Not a range with no steps in its later rounds: of a number that is carried along and used for
+    # the bounds of an inner range alone, Triton 3.7 takes the first value for all of them.
+    while (adds != 0) & (seen < n_chunks):
+        n_here = tl.minimum(n_chunks - seen, SPAN // BT)
         for i in tl.range(0, n_here, num_stages=STAGES):
             t = t_begin + (c_first + (seen + i) * c_step) * BT
             m_t = t + row < n_tok
@@ -109,4 +112,5 @@ def summary_walk(
         # Written so that a NaN goes on.
         gone = (b_total < STEP_MIN_LOG2) | (m_k == 0)
         adds = 1 - tl.min(gone.to(tl.int32), 0)
+        seen += n_here
     return b_s, b_total

@@ -502,6 +502,29 @@ def test_chunks_at_once_are_checked(changes: dict[str, Any], reason: str) -> Non
     assert reason in str(why_illegal(SPEC, replace(AT_ONCE, **changes), H100))
 
 
+def test_ways_of_a_kernel_are_for_some_parts_alone() -> None:
+    stops, ends = _chunk(stops=True), _chunk(product_ends=True)
+    cut = ForwardConfig(_chunk(), 64, stops)
+    assert is_legal(SPEC, cut, H100)
+    assert is_legal(SPEC, replace(cut, fwd=ends), H100)
+    assert is_legal(SPEC, replace(BACKWARD, states=_chunk(chunk=16, stops=True)), H100)
+    for config, reason in (
+        (ForwardConfig(stops), "fwd.stops must be false"),
+        (replace(cut, summary=ends), "summary.product_ends must be false"),
+        (replace(BACKWARD, dv=_chunk(stops=True)), "dv.stops must be false"),
+        (ForwardConfig(replace(ends, lead=32), 64), "fwd.product_ends must be false"),
+        (ForwardConfig(ends, prepare=PREPARE), "chunks that nothing prepared"),
+    ):
+        assert reason in str(why_illegal(SPEC, config, H100))
+    scalar = replace(SPEC, gate=Gate.SCALAR)
+    walking = ScalarBackwardConfig(stops, _chunk(), None)
+    assert "states.stops must be false" in str(why_illegal(scalar, walking, H100))
+    for kernel in (stops, ends):
+        assert ChunkKernelConfig.from_dict(kernel.to_dict()) == kernel
+        assert kernel.slug != _chunk().slug
+    assert "stops" not in _chunk().to_dict()
+
+
 def test_parts_of_chunks_at_once_stay_legal() -> None:
     """What the build does where a kernel does not fit: walked chunks change together."""
     for part, kernel in (

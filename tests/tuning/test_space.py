@@ -145,6 +145,7 @@ def test_chunks_at_once_where_walks_repeat_themselves() -> None:
     wide, square = make_problem((8, 2048, 4, 128, 256)), make_problem((8, 2048, 4, 128, 128))
     assert {c.walks.chunk for c in at_once(wide)} == {32, 64}
     assert {c.chunks.block_k for c in at_once(wide)} == {64, 128}
+    assert {c.chunks.keep for c in at_once(wide)} == {1, 2}
     assert not at_once(square)
     assert at_once(make_problem((8, 2048, 4, 128, 128), Gate.LOWRANK, 16))
     assert not at_once(make_problem((8, 2048, 4, 64, 64), Gate.LOWRANK, 16))
@@ -154,6 +155,26 @@ def test_chunks_at_once_where_walks_repeat_themselves() -> None:
     assert {c.segment for c in long} == {0, 8192, 16384}  # by how many tiles share a head
     kernels = {k for c in long for k in config_kernels(wide.spec, c, "sm_90a")}
     assert len(kernels) <= 20
+
+
+def test_summaries_of_long_segments_stop() -> None:
+    long = make_problem((1, 32768, 4, 128, 128))
+    cut = [c for c in forward(long) if c.summary is not None]
+    assert {c.segment >= 4096 for c in cut} == {True, False}
+    assert all(c.summary.stops == (c.segment >= 4096) for c in cut if c.summary)
+    assert any(c.fwd.product_ends for c in forward(long))
+    assert not any(c.summary.product_ends for c in cut if c.summary)
+    more = make_problem((2, 16384, 16, 128, 128))
+    default, *others = backward(more)  # what runs untuned has been measured as it is
+    assert default.segment == 8192
+    walks = [c.states for c in others if c.states and c.segment >= 4096]
+    assert walks
+    assert all(states.stops for states in walks)
+    wide = [c for c in at_once(make_problem((1, 32768, 4, 256, 512))) if c.segment]
+    assert all(c.states.stops for c in wide)
+    short = make_problem((8, 2048, 4, 128, 256))
+    assert not any(c.states.stops for c in backward(short) if c.states)
+    assert not any(c.states.stops for c in at_once(short))
 
 
 def test_segments_only_where_programs_are_few() -> None:
