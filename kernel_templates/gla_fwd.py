@@ -204,8 +204,8 @@ def gla_fwd(
     m_cum = m_tri
     # Gend from a product of its own, whose rows are channels as those of the state are, costs a
     # chunk 143 instructions and two barriers less than a minimum over rows: 1.56 us instead of
-    # 1.68 at 64 channels and 64 tokens. At 128 channels it depends: 4 % less time for
-    # 16,2048,8,128,128, 5 % more for 4,4096,64 with a low-rank gate.
+    # 1.68 at 64 channels and 64 tokens. At 128 channels it depends: 3 % less time for
+    # 16,2048,8,128,128, 7 % more for 4,4096,64 with a low-rank gate.
     BY_PRODUCT: tl.constexpr = ENDS or (LEAD > 0 and BF16 and not LOWRANK)
     if BY_PRODUCT and not LOWRANK:
         GATE: tl.constexpr = g.dtype.element_ty

@@ -14,7 +14,7 @@ from glac.problem import Op, Specialisation
 from glac.tuned import Denied, Evidence, TunedFile
 from glac.tuning.evaluate import BROKEN, Outcome
 
-_TILE = ("chunk", "block_k", "block_v", "num_warps", "dv", "lead")
+_TILE = ("chunk", "block_k", "block_v", "num_warps", "dv", "keep", "lead", "stops", "product_ends")
 _FEWEST = 2
 _EVIDENCE = 5
 
