@@ -91,10 +91,16 @@ def test_tiles(name: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("carried", "end", "dh0"),
-    [(True, True, True), (True, False, False), (False, True, False), (False, False, True)],
+    ("carried", "end", "dh0", "keep", "segment"),
+    [
+        (True, True, True, 1, 16),
+        (True, False, False, 1, 0),
+        (False, True, False, 1, 16),
+        (False, False, True, 1, 0),
+        (True, True, True, 2, 32),
+        (False, True, False, 2, 0),
+    ],
 )
-@pytest.mark.parametrize(("keep", "segment"), [(1, 0), (1, 16), (2, 0), (2, 32)])
 @pytest.mark.parametrize("hard", [False, True])
 def test_states_at_both_ends(
     carried: bool, end: bool, dh0: bool, keep: int, segment: int, hard: bool

@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from glac.configs import BackwardConfig, ChunksBackwardConfig, ForwardConfig
 from glac.testing import Inputs, hard_gates, make_inputs
@@ -30,7 +28,7 @@ pytestmark = [
 ]
 
 FP32 = torch.float32
-TOKENS, SEGMENT = 200, 96
+SEGMENT = 96
 FORWARD = {
     "gla_fwd": config(16, 16, SEGMENT, stops=True),
     "descriptors": config(16, 16, SEGMENT, summary_chunk=32, tma=True, stops=True),
@@ -54,13 +52,13 @@ def look(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
         monkeypatch.setattr(kernels, name, constexpr(value))
 
 
-def drawn(gate: float, *, lowrank: bool = False) -> Inputs:
+def drawn(gate: float, *, lowrank: bool = False, tokens: int = 150) -> Inputs:
     """A sequence whose channels decay by about ``gate`` in each step."""
     if lowrank:
-        x = make_inputs(1, TOKENS, 1, 16, 20, dtype=FP32, gate="lowrank", initial_state=True)
+        x = make_inputs(1, tokens, 1, 16, 20, dtype=FP32, gate="lowrank", initial_state=True)
         assert x.bias is not None
         return replace(x, bias=torch.full_like(x.bias, 16 * gate))
-    x = make_inputs(1, TOKENS, 1, 16, 20, dtype=FP32, initial_state=True)
+    x = make_inputs(1, tokens, 1, 16, 20, dtype=FP32, initial_state=True)
     generator = torch.Generator().manual_seed(0)
     return replace(x, g=gate * (0.8 + 0.4 * torch.rand(x.q.shape, generator=generator)))
 
@@ -92,11 +90,10 @@ def test_it_goes_no_further_than_needed(
 def test_gradients_neither(
     cfg: BackwardConfig | ChunksBackwardConfig, lowrank: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = drawn(-2.5, lowrank=lowrank)
+    x = drawn(-2.5, lowrank=lowrank, tokens=200)
     look(monkeypatch, 32)
-    assert_gradients_right(x, cfg, end=True, dh0=True)
+    short = assert_gradients_right(x, cfg, end=True, dh0=True).grads
     do, dht = ends_of(x)
-    short = run_gradients(x, cfg, do, dht).grads
     late = do.clone()
     late[:, 2 * SEGMENT - 16 : 2 * SEGMENT] = torch.nan
     found = run_gradients(x, cfg, late, dht).grads
@@ -105,33 +102,31 @@ def test_gradients_neither(
     look(monkeypatch, 1024)
     for name, gradient in run_gradients(x, cfg, do, dht).grads.items():
         assert torch.equal(gradient, short[name]), name
+    if not lowrank:
+        found = run_gradients(x, cfg, late, dht).grads
+        assert bool(found["dk"][:, :SEGMENT].isnan().any())
 
 
-@pytest.mark.parametrize("gate", [0.0, -50.0])
 @pytest.mark.parametrize("cfg", FORWARD.values(), ids=FORWARD)
-def test_slow_and_fast_gates(
-    cfg: ForwardConfig, gate: float, monkeypatch: pytest.MonkeyPatch
+def test_a_gate_that_forgets_nothing(cfg: ForwardConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    look(monkeypatch, 32)
+    assert_right(drawn(0.0), cfg)
+
+
+@pytest.mark.parametrize("cfg", FORWARD.values(), ids=FORWARD)
+def test_hard_gates(cfg: ForwardConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    look(monkeypatch, 32)
+    x = drawn(-1.0, tokens=110)
+    assert_right(replace(x, g=hard_gates(x.q.shape)), cfg)
+
+
+@pytest.mark.parametrize("cfg", BACKWARD.values(), ids=BACKWARD)
+def test_gradients_of_hard_gates(
+    cfg: BackwardConfig | ChunksBackwardConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     look(monkeypatch, 32)
-    assert_right(drawn(gate), cfg)
-
-
-@settings(max_examples=4)
-@given(cfg=st.sampled_from([*FORWARD.values()]), seed=st.integers(0, 2**16))
-def test_hard_gates(cfg: ForwardConfig, seed: int) -> None:
-    x = make_inputs(1, 120, 1, 16, 20, dtype=FP32, seed=seed, initial_state=True)
-    with pytest.MonkeyPatch.context() as patch:
-        look(patch, 32)
-        assert_right(replace(x, g=hard_gates(x.q.shape, seed=seed)), cfg)
-
-
-@settings(max_examples=3)
-@given(cfg=st.sampled_from([*BACKWARD.values()]), seed=st.integers(0, 2**16))
-def test_gradients_of_hard_gates(cfg: BackwardConfig | ChunksBackwardConfig, seed: int) -> None:
-    x = make_inputs(1, 120, 1, 16, 20, dtype=FP32, seed=seed, initial_state=True)
-    with pytest.MonkeyPatch.context() as patch:
-        look(patch, 32)
-        assert_gradients_right(replace(x, g=hard_gates(x.q.shape, seed=seed)), cfg, end=True)
+    x = drawn(-1.0, tokens=110)
+    assert_gradients_right(replace(x, g=hard_gates(x.q.shape)), cfg, end=True)
 
 
 def test_one_channel_that_forgets_nothing_keeps_it_going(monkeypatch: pytest.MonkeyPatch) -> None:
