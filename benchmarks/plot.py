@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 # Okabe and Ito's palette: told apart with any colour vision, and in grey by their order.
 STYLES: dict[str, tuple[str, str]] = {
     "glac": ("glac", "#0072B2"),
+    "glac-dense": ("glac, low-rank gate computed first", "#009E73"),
     "fla": ("flash-linear-attention", "#E69F00"),
     "helion": ("Helion", "#CC79A7"),
     "fa2": ("FlashAttention-2 (softmax, same width)", "#999999"),
     "cudnn": ("cuDNN attention (softmax, same width)", "#56B4E9"),
 }
 FLOOR_COLOUR = "#D55E00"
-MARKERS = {"glac": "o", "fla": "s", "helion": "v", "fa2": "D", "cudnn": "^"}
+MARKERS = {"glac": "o", "glac-dense": "P", "fla": "s", "helion": "v", "fa2": "D", "cudnn": "^"}
 DASHES = ("-", "--", ":", "-.")
 
 SCHEMA = 2

@@ -70,6 +70,9 @@ def passes(op: str, gate: Gate) -> tuple[Op, ...]:
 
 
 IMPLS = ("glac", "fla", "fa2", "cudnn")
+"""What is timed if nobody says what."""
+ALL_IMPLS = (*IMPLS, "glac-dense")
+"""And glac with a low-rank gate that PyTorch computes first."""
 
 _FLUSH_BYTES = 256 << 20  # several times the L2 cache of any listed GPU
 _COPY_BYTES = 1 << 30
@@ -687,6 +690,34 @@ def _glac(work: Work, op: str = "forward") -> Call:
     return Call(fn, work.tensors, work.do, identify=identify)
 
 
+_SEPARATE = "separate gate"
+
+
+def _behind_gate(dense: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``dense`` for a low-rank gate that is computed as a layer without such kernels does."""
+
+    def lowrank(
+        q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        g = F.logsigmoid(F.linear(x, weight, bias)) / _NORMALIZER
+        return dense(q, k, v, g.view_as(k))
+
+    return lowrank
+
+
+def _glac_dense(work: Work, op: str = "forward") -> Call:
+    _only_chunks("glac-dense", op)
+    if work.problem.spec.gate is not Gate.LOWRANK:
+        raise GlacError("glac-dense is for low-rank gates; others are dense for glac, too")
+    ops: Any = importlib.import_module("glac.attention")
+
+    def vector(*tensors: Tensor) -> Tensor:
+        o: Tensor = ops.chunk_gla(*tensors)[0]
+        return o
+
+    return Call(_behind_gate(vector), work.tensors, work.do, notes=[_SEPARATE])
+
+
 def _fla(work: Work, op: str = "forward") -> Call:
     _only_chunks("fla", op)
     if work.problem.spec.gate.is_scalar:
@@ -703,16 +734,10 @@ def _fla(work: Work, op: str = "forward") -> Call:
         o: Tensor = chunk_gla(*tensors)[0]
         return o
 
-    def lowrank(
-        q: Tensor, k: Tensor, v: Tensor, x: Tensor, weight: Tensor, bias: Tensor
-    ) -> Tensor:
-        g = F.logsigmoid(F.linear(x, weight, bias)) / _NORMALIZER
-        return vector(q, k, v, g.view_as(k))
-
     if work.problem.spec.gate is Gate.VECTOR:
         return Call(vector, work.tensors, work.do, first=quick_autotune)
-    notes = ["separate gate"]
-    return Call(lowrank, work.tensors, work.do, first=quick_autotune, notes=notes)
+    lowrank = _behind_gate(vector)
+    return Call(lowrank, work.tensors, work.do, first=quick_autotune, notes=[_SEPARATE])
 
 
 def _only_chunks(impl: str, op: str) -> None:
@@ -740,6 +765,7 @@ def _sdpa(backend: str) -> Callable[..., Call]:
 
 _BUILDERS: dict[str, Callable[..., Call]] = {
     "glac": _glac,
+    "glac-dense": _glac_dense,
     "fla": _fla,
     "fa2": _sdpa("FLASH_ATTENTION"),
     "cudnn": _sdpa("CUDNN_ATTENTION"),
@@ -1112,7 +1138,7 @@ def run_bench(
     Args:
         shapes: (B, T, H, K, V) each; see :func:`bench_problems` for this and for what follows.
         gates: ``"vector"``, ``"lowrank"``, ``"scalar"``.
-        impls: Of ``IMPLS``, measured in this order.
+        impls: Of ``ALL_IMPLS``, measured in this order.
         ops: Of ``ALL_OPS``, each timed on every problem.
         out: Results file; :func:`default_out` if None.
         suite: Of ``glac.suites.SUITES``.

@@ -567,9 +567,9 @@ def _pack_data(pack: Pack) -> dict[str, Any]:
 @click.option(
     "--impl",
     "impls",
-    type=click.Choice(["glac", "fla", "fa2", "cudnn"]),
+    type=click.Choice(["glac", "fla", "fa2", "cudnn", "glac-dense"]),
     multiple=True,
-    help="Repeatable [all].",
+    help="Repeatable [all but glac-dense, which computes a low-rank gate first].",
 )
 @click.option("--dtype", type=DTYPE_CHOICE, help="[bf16]")
 @click.option("--gate-dtype", type=DTYPE_CHOICE, help="Of a dense gate [as --dtype].")

@@ -393,6 +393,26 @@ def test_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fakes")
+def test_glac_behind_a_gate_of_its_own(tmp_path: Path) -> None:
+    """What a layer pays that hands dense kernels a gate from a low-rank projection."""
+    assert set(bench.ALL_IMPLS) == set(bench._BUILDERS)
+    impls = ("glac", "glac-dense")
+    rows = run(tmp_path, impls, ("vector", "lowrank"), ("forward", "training"))["rows"]
+    apart = [r for r in rows if r["impl"] == "glac-dense"]
+    assert [(r["gate"], r["op"]) for r in apart] == [
+        (gate, op) for gate in ("vector", "lowrank") for op in ("forward", "training")
+    ]
+    for row in apart:
+        if row["gate"] == "vector":
+            assert row["us"] is None
+            assert "for low-rank gates" in row["note"]
+        else:
+            assert row["us"] is not None
+            assert 0 < row["error"] < 2e-2
+            assert "separate gate" in row["note"]
+
+
+@pytest.mark.usefixtures("fakes")
 def test_training_rows(tmp_path: Path) -> None:
     gates = {"vector": ["dg"], "lowrank": ["dx", "dweight", "dbias"]}
     rows = run(tmp_path, ("glac", "fla"), tuple(gates), ("forward", "training"))["rows"]
