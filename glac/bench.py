@@ -649,25 +649,24 @@ class Call:
         return training
 
 
+def _output(operation: Callable[..., Any], **options: Any) -> Callable[..., Tensor]:
+    """``operation`` without the states that it returns behind its output."""
+
+    def call(*tensors: Tensor) -> Tensor:
+        o: Tensor = operation(*tensors, **options)[0]
+        return o
+
+    return call
+
+
 def _glac(work: Work, op: str = "forward") -> Call:
     ops: Any = importlib.import_module("glac.attention")
-
-    def vector(*tensors: Tensor) -> Tensor:
-        o: Tensor = ops.chunk_gla(*tensors)[0]
-        return o
-
-    def lowrank(*tensors: Tensor) -> Tensor:
-        o: Tensor = ops.chunk_gla_lowrank(*tensors, normalizer=_NORMALIZER)[0]
-        return o
-
-    def scalar(*tensors: Tensor) -> Tensor:
-        o: Tensor = ops.chunk_simple_gla(*tensors)[0]
-        return o
+    gate = work.problem.spec.gate
+    lowrank = gate is Gate.LOWRANK
+    options = {"normalizer": _NORMALIZER} if lowrank else {}
 
     def decode(*tensors: Tensor) -> Tensor:
-        lowrank = work.problem.spec.gate is Gate.LOWRANK
         fn = ops.recurrent_gla_lowrank if lowrank else ops.recurrent_gla
-        options = {"normalizer": _NORMALIZER} if lowrank else {}
         o: Tensor = fn(*tensors, initial_state=work.states, output_final_state=True, **options)[0]
         return o
 
@@ -685,8 +684,14 @@ def _glac(work: Work, op: str = "forward") -> Call:
         sha = _text(getattr(served, "cubin_sha", None)) or None
         return _text(getattr(served, "config_id", None)), sha, note
 
-    kinds = {Gate.VECTOR: vector, Gate.LOWRANK: lowrank, Gate.SCALAR: scalar}
-    fn = decode if op == "decode" else kinds[work.problem.spec.gate]
+    if op == "decode":
+        return Call(decode, work.tensors, work.do, identify=identify)
+    names = {
+        Gate.VECTOR: "chunk_gla",
+        Gate.LOWRANK: "chunk_gla_lowrank",
+        Gate.SCALAR: "chunk_simple_gla",
+    }
+    fn = _output(getattr(ops, names[gate]), **options)
     return Call(fn, work.tensors, work.do, identify=identify)
 
 
@@ -710,30 +715,16 @@ def _glac_dense(work: Work, op: str = "forward") -> Call:
     if work.problem.spec.gate is not Gate.LOWRANK:
         raise GlacError("glac-dense is for low-rank gates; others are dense for glac, too")
     ops: Any = importlib.import_module("glac.attention")
-
-    def vector(*tensors: Tensor) -> Tensor:
-        o: Tensor = ops.chunk_gla(*tensors)[0]
-        return o
-
-    return Call(_behind_gate(vector), work.tensors, work.do, notes=[_SEPARATE])
+    fn = _behind_gate(_output(ops.chunk_gla))
+    return Call(fn, work.tensors, work.do, notes=[_SEPARATE])
 
 
 def _fla(work: Work, op: str = "forward") -> Call:
     _only_chunks("fla", op)
     if work.problem.spec.gate.is_scalar:
-        simple = _import_fla("simple_gla", "chunk_simple_gla")
-
-        def scalar(*tensors: Tensor) -> Tensor:
-            o: Tensor = simple(*tensors)[0]
-            return o
-
+        scalar = _output(_import_fla("simple_gla", "chunk_simple_gla"))
         return Call(scalar, work.tensors, work.do, first=quick_autotune)
-    chunk_gla = _import_fla()
-
-    def vector(*tensors: Tensor) -> Tensor:
-        o: Tensor = chunk_gla(*tensors)[0]
-        return o
-
+    vector = _output(_import_fla())
     if work.problem.spec.gate is Gate.VECTOR:
         return Call(vector, work.tensors, work.do, first=quick_autotune)
     lowrank = _behind_gate(vector)

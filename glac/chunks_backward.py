@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def segment_states(problem: Problem, config: ChunksBackwardConfig) -> int:
+def kept_in_segment(problem: Problem, config: ChunksBackwardConfig) -> int:
     """States of a segment that are kept."""
     return math.ceil(min(cut_segments(problem, config)[1], problem.T) / config.chunks.kept_tokens)
 
@@ -40,7 +40,7 @@ def segment_states(problem: Problem, config: ChunksBackwardConfig) -> int:
 def kept_bytes(problem: Problem, config: ChunksBackwardConfig) -> int:
     """Bytes of the states and the gradients of states that are kept."""
     spec = problem.spec
-    slots = cut_segments(problem, config)[0] * segment_states(problem, config)
+    slots = cut_segments(problem, config)[0] * kept_in_segment(problem, config)
     states = problem.B * (problem.state_heads + problem.H) * slots
     return states * spec.K * spec.V * state_dtype(spec).itemsize
 
@@ -70,7 +70,7 @@ def run_chunks_backward(
     B, T, H, K, V = problem.B, problem.T, problem.H, spec.K, spec.V
     N, state_heads = problem.sequences, problem.state_heads
     segments, length = cut_segments(problem, config)
-    kept_states, keep = segment_states(problem, config), config.chunks.keep
+    kept_states, keep = kept_in_segment(problem, config), config.chunks.keep
     slots = kept_states * keep
     args = gate_arguments(gate, spec)
     unit_k, unit_v = stride_unit(K), stride_unit(V)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from glac.backward import cut, cut_segments
-from glac.chunks_backward import kept_bytes, segment_states
+from glac.chunks_backward import kept_bytes, kept_in_segment
 from glac.configs import (
     BackwardConfig,
     ChunkKernelConfig,
@@ -487,7 +487,7 @@ def _chunks_work(problem: Problem, config: ChunksBackwardConfig, gpu: GpuSpec) -
         _work(gpu, spec, "gla_bwd_walks_exact", None, programs, 0, 0),
     ]
     programs = tiles("gla_bwd_chunks", spec, tile) * segments * heads
-    programs *= segment_states(problem, config) * tile.keep
+    programs *= kept_in_segment(problem, config) * tile.keep
     gate = 4 * token_heads * spec.rank * math.ceil(spec.K / tile.block_k)
     if spec.gate is not Gate.LOWRANK:
         gate = token_heads * spec.K * spec.gate_dtype.itemsize

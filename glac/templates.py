@@ -428,9 +428,7 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
     if isinstance(config, TurnedKernelConfig):
         values["TURNED"] = config.turned
     elif isinstance(config, _TILED_K):
-        values["DV"] = config.dv
-    if isinstance(config, _TILED_K):
-        values["KEEP"] = config.keep
+        values.update(DV=config.dv, KEEP=config.keep)
     if template == "gla_bwd_chunks":
         values["PK"] = padded_k(spec)
     if template in LEADING:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from glac import decode, scalar
 from glac.backward import cut, cut_segments, run_backward
-from glac.chunks_backward import segment_states
+from glac.chunks_backward import kept_in_segment
 from glac.configs import (
     BackwardConfig,
     ChunksBackwardConfig,
@@ -264,7 +264,7 @@ class BackwardCase(Case):
     def _chunk_buffers(self, config: ChunksBackwardConfig) -> list[Buffer]:
         problem, spec, i = self.problem, self.problem.spec, self.inputs
         segments, tile = cut_segments(problem, config)[0], TORCH_DTYPES[state_dtype(spec)]
-        kept = segments * segment_states(problem, config)
+        kept = segments * kept_in_segment(problem, config)
         slots = kept * config.chunks.keep
         heads, keys, walked = problem.B * problem.H, padded_k(spec), config.prepare.chunk
         prepared = chunk_slots(problem, walked)

@@ -331,26 +331,27 @@ def _forward_configs(
     problem: Problem, gpu: GpuSpec, default: ForwardConfig
 ) -> list[ForwardConfig]:
     spec = problem.spec
+
+    def promising(config: ForwardConfig) -> tuple[float, str]:
+        return _prior(config, problem, gpu), config.slug
+
     tiles = [
         tile
         for tile in _tiles(spec, gpu)
         if why_illegal(spec, ForwardConfig(tile), gpu) is None
         and _worth_compiling(tile, spec, gpu)
     ]
-    single = [ForwardConfig(tile) for tile in tiles]
+    single = sorted(map(ForwardConfig, tiles), key=promising)
     # Fewer instructions for more products: whether that pays has to be timed.
     single += [
-        ForwardConfig(replace(c.fwd, product_ends=True))
-        for c in sorted(single, key=lambda c: (_prior(c, problem, gpu), c.slug))[
-            :PRODUCT_ENDS_TRIED
-        ]
+        ForwardConfig(replace(c.fwd, product_ends=True)) for c in single[:PRODUCT_ENDS_TRIED]
     ]
     # A segmented run repeats part of the work, so only tiles that are good at walking chunks, each
     # with a summary kernel of the same tile.
-    single.sort(key=lambda c: (_prior(c, problem, gpu), c.slug))
+    single.sort(key=promising)
     lengths = _segment_lengths(problem, gpu)
     prepared = _prepared_configs(problem, gpu)
-    prepared.sort(key=lambda c: (_prior(c, problem, gpu), c.slug))
+    prepared.sort(key=promising)
     leading = _lead_configs(problem, gpu)
     split = [
         replace(config, segment=length, summary=_summary(config.fwd, length))
@@ -368,7 +369,7 @@ def _forward_configs(
     found = (*single, *prepared, *leading, *split)
     legal = [c for c in found if why_illegal(spec, c, gpu) is None]
     legal = [c for c in dict.fromkeys(legal) if c != default]
-    legal.sort(key=lambda c: (_prior(c, problem, gpu), c.slug))
+    legal.sort(key=promising)
     return legal
 
 
