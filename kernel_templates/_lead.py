@@ -34,6 +34,36 @@ def lead_rows(src, rows, width, stride, BT: tl.constexpr, BC: tl.constexpr, TMA:
 
 
 @triton.jit
+def load_step(
+    s_k, s_v, s_g, b_w, b_bias, inv_normalizer, clamp_log2, t, n_tok, k0, v0, row_k, row_v, row_g,
+    m_k, m_v, R: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr, LOWRANK: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Keys ``[BT, BK]``, values ``[BT, BV]`` and gate of the chunk at t; names of ``lead_walk``.
+
+    The gate is as it was loaded, ``[BT, BK]``, but a low-rank one ``[BK, BT]`` in log2.
+    """
+    row = tl.arange(0, BT)
+    o_k = k0 + tl.arange(0, BK)
+    o_v = v0 + tl.arange(0, BV)
+    m_t = t + row < n_tok
+    if LOWRANK:
+        o_r = tl.arange(0, BR)
+        m_tr = m_t[:, None] & (o_r < R)[None, :]
+        b_x = load_rows(s_g, t, 0, row_g, o_r, m_tr, BT, False)
+    else:
+        b_g = load_rows(s_g, t, k0, row_g, o_k, m_t[:, None] & m_k[None, :], BT, TMA)
+    b_k = load_rows(s_k, t, k0, row_k, o_k, m_t[:, None] & m_k[None, :], BT, TMA)
+    b_v = load_rows(s_v, t, v0, row_v, o_v, m_t[:, None] & m_v[None, :], BT, TMA)
+    if LOWRANK:
+        b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
+        b_g, _slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
+        b_g = tl.where(m_t[None, :], b_g, 0.0)  # tokens outside must not decay
+    return b_k, b_v, b_g
+
+
+@triton.jit
 def lead_step(
     b_s,  # [BK, BV]
     b_k,  # [BT, BK], in reverse q
@@ -104,12 +134,8 @@ def lead_walk(
 
     ``t_begin`` is where a chunk begins; tokens from ``n_tok`` on do not exist.
     """
-    row = tl.arange(0, BT)
-    o_k = k0 + tl.arange(0, BK)
-    o_v = v0 + tl.arange(0, BV)
     if LOWRANK:
         SUMMAND: tl.constexpr = tl.float16 if BF16 else tl.float32
-        o_r = tl.arange(0, BR)
     else:
         GATE: tl.constexpr = s_g.dtype if TMA else s_g.dtype.element_ty
         SUMMAND: tl.constexpr = tl.bfloat16 if BF16 and GATE == tl.float32 else GATE
@@ -117,17 +143,9 @@ def lead_walk(
     n_chunks = tl.cdiv(t_end - t_begin, BT)
     for i in tl.range(0, n_chunks, num_stages=STAGES):
         t = t_begin + (n_chunks - 1 - i if REVERSE else i) * BT
-        m_t = t + row < n_tok
-        if LOWRANK:
-            m_tr = m_t[:, None] & (o_r < R)[None, :]
-            b_x = load_rows(s_g, t, 0, row_g, o_r, m_tr, BT, False)
-        else:
-            b_g = load_rows(s_g, t, k0, row_g, o_k, m_t[:, None] & m_k[None, :], BT, TMA)
-        b_k = load_rows(s_k, t, k0, row_k, o_k, m_t[:, None] & m_k[None, :], BT, TMA)
-        b_v = load_rows(s_v, t, v0, row_v, o_v, m_t[:, None] & m_v[None, :], BT, TMA)
-        if LOWRANK:
-            b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
-            b_g, _slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
-            b_g = tl.where(m_t[None, :], b_g, 0.0)  # tokens outside must not decay
+        b_k, b_v, b_g = load_step(
+            s_k, s_v, s_g, b_w, b_bias, inv_normalizer, clamp_log2, t, n_tok, k0, v0,
+            row_k, row_v, row_g, m_k, m_v, R, BR, BK, BV, BT, LOWRANK, BF16, PRECISION, TMA,
+        )  # fmt: skip
         b_s = lead_step(b_s, b_k, b_v, b_g, upper, factor, BT, REVERSE, LOWRANK, BF16, PRECISION)
     return b_s

@@ -15,13 +15,9 @@ With gates logsigmoid(N(0, 1)) / 16 that is after 2300 tokens.
 import triton
 import triton.language as tl
 
-from glac.kernel_templates._bwd import (
-    cumulative_log2_t,
-    load_rows,
-    logsigmoid_gate,
-    lowrank_logits_t,
-)
+from glac.kernel_templates._bwd import cumulative_log2_t
 from glac.kernel_templates._gate import LOG2E, STEP_MIN_LOG2, clamped, operand
+from glac.kernel_templates._lead import load_step
 
 SPAN = tl.constexpr(512)
 """Tokens between two looks."""
@@ -62,9 +58,6 @@ def summary_walk(
     """The sum ``[BK, BV]``, and the decays ``[BK]`` of the tokens that were walked, in log2."""
     IO: tl.constexpr = s_v.dtype if TMA else s_v.dtype.element_ty
     row = tl.arange(0, BT)
-    o_k = tl.arange(0, BK)
-    o_v = v0 + tl.arange(0, BV)
-    o_r = tl.arange(0, BR)
     b_total = tl.zeros([BK], dtype=tl.float32)
     # Weights of G and Gend in the exponent of the factor: Gend - G, in reverse G.
     sign = tl.where(reverse != 0, 1.0, -1.0)
@@ -80,22 +73,11 @@ def summary_walk(
         n_here = tl.minimum(n_chunks - seen, SPAN // BT)
         for i in tl.range(0, n_here, num_stages=STAGES):
             t = t_begin + (c_first + (seen + i) * c_step) * BT
-            m_t = t + row < n_tok
-            m_tk = m_t[:, None] & m_k[None, :]
-            if LOWRANK:
-                b_x = load_rows(
-                    s_g, t, 0, row_g, o_r, m_t[:, None] & (o_r < R)[None, :], BT, False
-                )
-            else:
-                b_g = load_rows(s_g, t, 0, row_g, o_k, m_tk, BT, TMA)
-            b_k = load_rows(s_k, t, 0, row_k, o_k, m_tk, BT, TMA)
-            b_v = load_rows(s_v, t, v0, row_v, o_v, m_t[:, None] & m_v[None, :], BT, TMA)
-            if LOWRANK:
-                b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
-                b_gt, _slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
-                b_gt = tl.where(m_t[None, :], b_gt, 0.0)  # tokens outside must not decay
-            else:
-                b_gt = clamped(tl.trans(b_g))
+            b_k, b_v, b_g = load_step(
+                s_k, s_v, s_g, b_w, b_bias, inv_normalizer, clamp_log2, t, n_tok, 0, v0,
+                row_k, row_v, row_g, m_k, m_v, R, BR, BK, BV, BT, LOWRANK, BF16, PRECISION, TMA,
+            )  # fmt: skip
+            b_gt = b_g if LOWRANK else clamped(tl.trans(b_g))
             b_cum = cumulative_log2_t(b_gt, upper, LOWRANK, BF16)  # [BK, BT]
             b_end = tl.min(b_cum, 1)  # [BK], the last column: g <= 0 makes G fall
             if PRECISION == "tf32x3":
