@@ -200,8 +200,8 @@ def chunk_gla_lowrank(
 
         g = max(logsigmoid(x @ weight.T + bias) / normalizer, clamp_min)
 
-    This is the gate of the paper's layer (section 4.3). The ``[B, T, Hs, K]`` gate never exists in
-    memory.
+    This is the gate of the paper's layer (section 4.3). As a ``[B, T, Hs, K]`` tensor it exists
+    only while a backward pass lasts, which also holds its gradient then.
 
     Args:
         q: queries ``[B, T, Hq, K]`` in bf16, fp16 or fp32.

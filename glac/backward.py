@@ -20,17 +20,19 @@ sequence, and nothing comes first:
     gla_bwd, gla_bwd_exact
 
 In all cases ``gla_bwd_dv`` makes dv, where gla_bwd does not. ``ChunksBackwardConfig`` is another
-way, in ``glac.chunks_backward``. The forward pass saves nothing but its inputs.
+way, in ``glac.chunks_backward``. A low-rank gate is written out first, and its gradients are made
+from that of the dense one (``glac.lowrank_backward``). The forward pass saves nothing but its
+inputs.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from glac.configs import BackwardConfig, ChunkKernelConfig, ChunksBackwardConfig
 from glac.gate import GateInput, Gradients
-from glac.plan import Plan, gate_arguments, segment_states, segments_of, strides
+from glac.plan import Plan, segment_states, segments_of, strides
 from glac.problem import Problem
 from glac.record import dataclass
 from glac.settings import scratch_bytes
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
     # What follows imports it where it runs: `cut` is asked where there may be none.
     import torch
     from torch import Tensor
+
+GradientParts: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]"
+"""Gradients of q, k, v and a dense gate as ``gradient_parts``, and of each head's first state."""
 
 WINDOWS = 3
 """Where states of all chunks are more than ``scratch_bytes``, one of so many windows' are kept.
@@ -142,7 +147,7 @@ def border_states(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gate: GateInput,
+    g: Tensor,
     scale: float,
     initial_state: Tensor | None,
     do: Tensor,
@@ -153,15 +158,16 @@ def border_states(
 
     Args:
         states: config of ``gla_states``.
-        segments: what ``cut_segments`` said; the others are those of ``run_backward``.
+        segments: what ``cut_segments`` said.
+        g: the dense gate; the others are those of ``run_backward``.
     """
     problem = plan.problem
     starts = segment_states(
-        plan, k, v, gate, initial_state, cu, segments=segments, summary=states,
+        plan, k, v, GateInput((g,)), initial_state, cu, segments=segments, summary=states,
         heads=problem.state_heads, k_group=problem.k_group // problem.s_group,
     )  # fmt: skip
     ends = segment_states(
-        plan, q, do, gate, dht, cu, segments=segments, summary=states, heads=problem.H,
+        plan, q, do, GateInput((g,)), dht, cu, segments=segments, summary=states, heads=problem.H,
         k_group=problem.q_group, g_group=problem.s_group, out_scale=scale, reverse=True,
     )  # fmt: skip
     return starts, ends
@@ -200,20 +206,53 @@ def run_backward(
         ``dq``, ``dk``, ``dv`` and the gate's gradients, ``(dg,)`` or ``(dx, dweight, dbias)``, in
         the inputs' dtypes but dweight and dbias in fp32; ``dh0`` in fp32, or None.
     """
+    problem = plan.problem
+    dense = Plan(problem.dense, plan.config, plan.kernels)
+    if gate.lowrank:
+        from glac.lowrank_backward import gate_gradients, written_out
+
+        g = written_out(plan, gate)
+    else:
+        assert gate.tensors[0] is not None
+        g = gate.tensors[0]
+    run: Any = _walk_back
+    if isinstance(plan.config, ChunksBackwardConfig):
+        from glac.chunks_backward import run_chunks_backward as run
+    dq, dk, dv, dg, start_grads = run(
+        dense, q, k, v, g, scale, initial_state, do, dht, dh0=dh0, cu=cu
+    )
+    if start_grads is not None and problem.s_group > 1:
+        groups = (problem.state_heads, problem.s_group)
+        start_grads = start_grads.unflatten(1, groups).sum(2)
+    return (
+        summed(dq, q.shape[2]),
+        summed(dk, k.shape[2]),
+        summed(dv, problem.state_heads),
+        gate_gradients(plan, gate, dg) if gate.lowrank else (summed(dg, problem.state_heads),),
+        start_grads,
+    )
+
+
+def _walk_back(
+    plan: Plan[BackwardConfig],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    do: Tensor,
+    dht: Tensor | None,
+    *,
+    dh0: bool,
+    cu: Tensor | None,
+) -> GradientParts:
+    """Launch a ``BackwardConfig``; arguments are those of ``run_backward``, and a dense gate."""
     import torch
 
     from glac.validate import TORCH_DTYPES
 
     problem, config = plan.problem, plan.config
-    if isinstance(config, ChunksBackwardConfig):
-        from glac.chunks_backward import run_chunks_backward
-
-        return run_chunks_backward(
-            Plan(problem, config, plan.kernels),
-            *(q, k, v, gate, scale, initial_state, do, dht),
-            dh0=dh0,
-            cu=cu,
-        )
     spec = problem.spec
     B, T, H, K, V = problem.B, problem.T, problem.H, spec.K, spec.V
     N, state_heads = problem.sequences, problem.state_heads
@@ -221,11 +260,11 @@ def run_backward(
     way = cut(problem, config)
     segments, length = way.segments, way.length
     kept = math.ceil(min(length, T) / grads.kept_tokens)
-    k_tiles, v_tiles = math.ceil(K / grads.block_k), math.ceil(V / grads.block_v)
-    args = gate_arguments(gate, spec)
+    v_tiles = math.ceil(V / grads.block_v)
     unit_k, unit_v = stride_unit(K), stride_unit(V)
     q_strides, k_strides = strides(q, unit_k), strides(k, unit_k)
     v_strides, do_strides = strides(v, unit_v), strides(do, unit_v)
+    g_strides = strides(g, unit_k)
     groups = (problem.q_group, problem.k_group, problem.s_group)
     packed = int(cu is not None)
 
@@ -233,20 +272,7 @@ def run_backward(
         return torch.empty(size, dtype=dtype, device=q.device)
 
     dq, dk = gradient_parts(B, T, H, q, v_tiles), gradient_parts(B, T, H, k, v_tiles)
-    dv = gradient_parts(B, T, H, v, 1)
-    dg = dx = dx_parts = dx_memory = dw = db = None
-    if gate.lowrank:
-        x = gate.tensors[0]
-        assert x is not None
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        longest = T if packed else min(T, way.at_once * length)
-        dx_memory = scratch(v_tiles * B * H * k_tiles * longest * spec.rank)
-        dw = scratch(v_tiles, B, segments, H * K, spec.rank)
-        db = scratch(v_tiles, B, segments, H * K)
-    else:
-        assert gate.tensors[0] is not None
-        dg = gradient_parts(B, T, H, gate.tensors[0], v_tiles)
-
+    dv, dg = gradient_parts(B, T, H, v, 1), gradient_parts(B, T, H, g, v_tiles)
     start_grads = scratch(N, H, K, V) if dh0 else None
     starts = ends = None
     if way.chained and segments > 1:
@@ -261,7 +287,7 @@ def run_backward(
     elif not way.chained:
         at = (segments, length)
         starts, ends = border_states(
-            plan, config.states, at, q, k, v, gate, scale, initial_state, do, dht, cu
+            plan, config.states, at, q, k, v, g, scale, initial_state, do, dht, cu
         )
     per_segment = tiles("gla_bwd", spec, grads) * B * H
     # Behind the kept states those that programs find again.
@@ -277,77 +303,40 @@ def run_backward(
         from_start = int(way.chained and last == segments > 1)
         if config.states is not None:
             plan.kernels["gla_states"].run(
-                (k, v, *gate.tensors, cu, initial_state, starts, states, None),
+                (k, v, g, cu, initial_state, starts, states, None),
                 (
-                    *(1.0, *args.scalars, T, N, state_heads, segments, first, count, length),
+                    *(1.0, T, N, state_heads, segments, first, count, length),
                     *(grads.kept_tokens, kept, problem.k_group // problem.s_group, 1, 1),
-                    *(0, 0, from_start, packed, int(initial_state is not None), *args.flag),
-                    *(*k_strides, *v_strides, *args.strides),
+                    *(0, 0, from_start, packed, int(initial_state is not None)),
+                    *(*k_strides, *v_strides, *g_strides),
                 ),
                 tiles("gla_states", spec, config.states) * count * B * state_heads,
             )
-        # Tokens that the parts of dx cover: those of the launch, where that is known here.
-        t_from = 0 if packed else first * length
-        t_to = T if packed else min(T, last * length)
-        if dx_memory is not None:
-            shape = (v_tiles, B, H * k_tiles, t_to - t_from, spec.rank)
-            dx_parts = dx_memory[: math.prod(shape)].view(shape)
         for name in ("gla_bwd", "gla_bwd_exact"):
             # On its way from the first token a program starts where the caller does.
             leading = name == "gla_bwd" and config.states is None
             plan.kernels[name].run(
                 (
-                    *(q, k, v, *gate.tensors, do, cu, *((initial_state,) if leading else ())),
-                    *(states, dht, ends, dq, dk, dv),
-                    *((dx_parts, dw, db) if gate.lowrank else (dg,)),
-                    *(start_grads, flags),
+                    *(q, k, v, g, do, cu, *((initial_state,) if leading else ())),
+                    *(states, dht, ends, dq, dk, dv, dg, start_grads, flags),
                 ),
                 (
-                    *(scale, *args.scalars, T, B, N, H, segments, first, count, length, kept),
-                    *((t_from, t_to - t_from) if gate.lowrank else ()),
+                    *(scale, T, B, N, H, segments, first, count, length, kept),
                     *(*groups, int(way.chained), packed),
                     *((int(initial_state is not None),) if leading else ()),
-                    *(int(dht is not None), int(dh0), *args.flag),
-                    *(*q_strides, *k_strides, *v_strides, *do_strides, *args.strides),
+                    *(int(dht is not None), int(dh0)),
+                    *(*q_strides, *k_strides, *v_strides, *do_strides, *g_strides),
                 ),
                 per_segment * count,
             )
-        if gate.lowrank and not packed:
-            assert dx is not None
-            assert dx_parts is not None
-            dx[:, t_from:t_to] = dx_parts.sum((0, 2))
     if config.dv is not None:
         plan.kernels["gla_bwd_dv"].run(
-            (q, k, *gate.tensors, do, cu, dht, ends, dv),
+            (q, k, g, do, cu, dht, ends, dv),
             (
-                *(scale, *args.scalars, T, N, H, segments, length, *groups),
-                *(packed, int(dht is not None), *args.flag),
-                *(*q_strides, *k_strides, *do_strides, *args.strides),
+                *(scale, T, N, H, segments, length, *groups),
+                *(packed, int(dht is not None)),
+                *(*q_strides, *k_strides, *do_strides, *g_strides),
             ),
             tiles("gla_bwd_dv", spec, config.dv) * segments * B * H,
         )
-
-    gates: tuple[Tensor | None, ...]
-    if gate.lowrank:
-        assert dx is not None
-        assert dx_parts is not None
-        assert dw is not None
-        assert db is not None
-        if packed:
-            dx.copy_(dx_parts.sum((0, 2)))
-        wide = (state_heads, problem.s_group, K)
-        dw = dw.sum((0, 1, 2)).view(*wide, spec.rank).sum(1).view(-1, spec.rank)
-        db = db.sum((0, 1, 2)).view(wide).sum(1).view(-1)
-        gates = (dx, dw, None if gate.tensors[2] is None else db)
-    else:
-        assert dg is not None
-        gates = (summed(dg, state_heads),)
-    if start_grads is not None and problem.s_group > 1:
-        start_grads = start_grads.view(N, state_heads, problem.s_group, K, V).sum(2)
-    return (
-        summed(dq, q.shape[2]),
-        summed(dk, k.shape[2]),
-        summed(dv, state_heads),
-        gates,
-        start_grads,
-    )
+    return dq, dk, dv, dg, start_grads

@@ -116,10 +116,7 @@ def bind_backward(
     dht: Tensor | None,
     dh0: bool,
 ) -> None:
-    """Remember a backward pass that went well; arguments are those of ``glac.engine.backward``.
-
-    Only a dense gate's: the gradients of a low-rank one are summed up between and behind launches.
-    """
+    """Remember a backward pass that went well; arguments are those of ``glac.engine.backward``."""
     given = (q, k, v, *gate.tensors, initial_state, do, dht)
     plan = _plan(problem, q, Op.BACKWARD, given)
     if plan is None:
@@ -128,19 +125,20 @@ def bind_backward(
     states = (contiguous(initial_state), contiguous(dht))
     do_usable = laid_out(do, stride_unit(problem.spec.V))
     found = (*usable, *usable_gate.tensors, states[0], do_usable, states[1])
-    if gate.lowrank or _moved(given, found):
+    if _moved(given, found):
         bound[key] = NEVER
         return
     inputs = _doubles(given)
-    a, b, c, g, start, d, e = inputs
+    a, b, c, *gates, start, d, e = inputs
     assert a is not None
     assert b is not None
     assert c is not None
     assert d is not None
     noted, notes = _noted(plan)
+    inner = GateInput(tuple(gates), gate.inv_normalizer, gate.clamp)
     with torch.cuda.device(q.device):
         dq, dk, dv, dgates, dstate = run_backward(
-            noted, a, b, c, GateInput((g,)), scale, start, d, e, dh0=dh0
+            noted, a, b, c, inner, scale, start, d, e, dh0=dh0
         )
     results = (dq, dk, dv, *dgates, dstate)
     bound[key] = _written(q.device, notes, inputs, results, None) or NEVER

@@ -19,11 +19,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from glac.backward import border_states, cut_segments, gradient_parts, summed
+from glac.backward import GradientParts, border_states, cut_segments, gradient_parts
 from glac.configs import ChunksBackwardConfig
-from glac.gate import GateInput, Gradients
-from glac.plan import Plan, gate_arguments, strides
-from glac.problem import Gate, Problem
+from glac.gate import GateInput
+from glac.plan import Plan, strides
+from glac.problem import Problem
 from glac.templates import state_dtype, stride_unit, tiles
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def run_chunks_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gate: GateInput,
+    g: Tensor,
     scale: float,
     initial_state: Tensor | None,
     do: Tensor,
@@ -58,8 +58,8 @@ def run_chunks_backward(
     *,
     dh0: bool,
     cu: Tensor | None = None,
-) -> Gradients:
-    """Launch a backward pass, with what ``glac.backward.run_backward`` takes and returns."""
+) -> GradientParts:
+    """Launch a ``ChunksBackwardConfig``; arguments are those of ``run_backward``, a dense gate."""
     import torch
 
     from glac.forward import prepare
@@ -72,7 +72,6 @@ def run_chunks_backward(
     segments, length = cut_segments(problem, config)
     kept_states, keep = kept_in_segment(problem, config), config.chunks.keep
     slots = kept_states * keep
-    args = gate_arguments(gate, spec)
     unit_k, unit_v = stride_unit(K), stride_unit(V)
     groups = (problem.q_group, problem.k_group, problem.s_group)
     packed = int(cu is not None)
@@ -84,7 +83,7 @@ def run_chunks_backward(
     if segments > 1 or packed:
         at = (segments, length)
         starts, ends = border_states(
-            plan, config.states, at, q, k, v, gate, scale, initial_state, do, dht, cu
+            plan, config.states, at, q, k, v, g, scale, initial_state, do, dht, cu
         )
     kept = TORCH_DTYPES[state_dtype(spec)]
     states = memory(B, state_heads, segments * kept_states, K, V, dtype=kept)
@@ -93,18 +92,18 @@ def run_chunks_backward(
     start_grads = memory(N, H, K, V) if dh0 else None
     stride = (
         *(*strides(q, unit_k), *strides(k, unit_k), *strides(v, unit_v), *strides(do, unit_v)),
-        *args.strides,
+        *strides(g, unit_k),
     )
-    made = prepare(plan, config.prepare, q, k, gate, scale, cu)
+    made = prepare(plan, config.prepare, q, k, GateInput((g,)), scale, cu)
     walked = (
-        *(q, k, v, *gate.tensors, do, cu, initial_state, starts, dht, ends, made.qs, made.ks),
+        *(q, k, v, g, do, cu, initial_state, starts, dht, ends, made.qs, made.ks),
         *(made.scores, made.ends, made.flags, states, dstates, dv, start_grads),
     )
     how = (
-        *(scale, *args.scalars, T, N, H, segments, length, made.slots),
+        *(scale, T, N, H, segments, length, made.slots),
         *(config.chunks.kept_tokens, kept_states, *groups),
         *(packed, int(initial_state is not None), int(dht is not None), int(dh0)),
-        *(*args.flag, *stride),
+        *stride,
     )
     for name in ("gla_bwd_walks", "gla_bwd_walks_exact"):
         plan.kernels[name].run(walked, how, tiles(name, spec, config.walks) * segments * B * H)
@@ -112,53 +111,20 @@ def run_chunks_backward(
     k_tiles = tiles("gla_bwd_chunks", spec, config.chunks)
     programs = k_tiles * slots * segments * B * H
     dq, dk = gradient_parts(B, T, H, q, 1), gradient_parts(B, T, H, k, 1)
-    gate_grads: tuple[Tensor, ...]
-    if gate.lowrank:
-        gate_grads = (
-            memory(B, H * k_tiles, T, spec.rank),
-            memory(B, segments * slots, H * K, spec.rank),
-            memory(B, segments * slots, H * K),
-        )
-    else:
-        assert gate.tensors[0] is not None
-        gate_grads = (gradient_parts(B, T, H, gate.tensors[0], 1),)
+    dg = gradient_parts(B, T, H, g, 1)
     others: tuple[Tensor, ...] = ()
     prepared: tuple[int, ...] = ()
     if keep > 1:
         others = (made.qs, made.ks, made.ends, made.flags)
         prepared = (made.slots, config.prepare.chunk)
     tensors = (
-        *(q, k, v, *gate.tensors, do, cu, *others, states, dstates, dq, dk, *gate_grads),
+        *(q, k, v, g, do, cu, *others, states, dstates, dq, dk, dg),
         memory(programs, dtype=torch.int32),
     )
     scalars = (
-        *(scale, *args.scalars, T, N, H, segments, length, kept_states, *prepared, *groups),
-        *(packed, *args.flag, *stride),
+        *(scale, T, N, H, segments, length, kept_states, *prepared, *groups),
+        *(packed, *stride),
     )
     plan.kernels["gla_bwd_chunks"].run(tensors, scalars, programs)
     plan.kernels["gla_bwd_chunks_exact"].run(tensors, scalars, programs)
-
-    if start_grads is not None and problem.s_group > 1:
-        start_grads = start_grads.view(N, state_heads, problem.s_group, K, V).sum(2)
-    return (
-        summed(dq, q.shape[2]),
-        summed(dk, k.shape[2]),
-        summed(dv, state_heads),
-        _gate_gradients(gate, gate_grads, problem),
-        start_grads,
-    )
-
-
-def _gate_gradients(
-    gate: GateInput, made: tuple[Tensor, ...], problem: Problem
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the gate's tensors, from those per head and part."""
-    if problem.spec.gate is not Gate.LOWRANK:
-        return (summed(made[0], problem.state_heads),)
-    dx, dw, db = made
-    x, rank = gate.tensors[0], problem.spec.rank
-    assert x is not None
-    wide = (problem.state_heads, problem.s_group, problem.spec.K)
-    dw = dw.sum((0, 1)).view(*wide, rank).sum(1).view(-1, rank)
-    db = db.sum((0, 1)).view(wide).sum(1).view(-1)
-    return dx.sum(1).to(x.dtype), dw, None if gate.tensors[2] is None else db
+    return dq, dk, dv, dg, start_grads

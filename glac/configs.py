@@ -268,6 +268,40 @@ class CombineKernelConfig(_KernelConfig):
         return f"b{self.block}_w{self.num_warps}"
 
 
+@dataclass(frozen=True, order=True)
+class GateKernelConfig(_KernelConfig):
+    """Tile of ``gla_gate`` and ``gla_gate_bwd``.
+
+    Attributes:
+        chunk: tokens at a time (BT).
+        block_n: channels of all heads per program (BN).
+        num_warps: warps per program.
+        num_stages: tiles in flight.
+    """
+
+    chunk: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def slug(self) -> str:
+        return f"c{self.chunk}_bn{self.block_n}_w{self.num_warps}_s{self.num_stages}"
+
+
+@dataclass(frozen=True, order=True)
+class SumsKernelConfig(_KernelConfig):
+    """Schedule of ``gla_gate_sums``: elements per program, parts at a time, warps."""
+
+    block: int
+    rows: int
+    num_warps: int
+
+    @property
+    def slug(self) -> str:
+        return f"b{self.block}_r{self.rows}_w{self.num_warps}"
+
+
 KernelConfig = (
     ChunkKernelConfig
     | TurnedKernelConfig
@@ -276,6 +310,8 @@ KernelConfig = (
     | ExactKernelConfig
     | PrepareKernelConfig
     | CombineKernelConfig
+    | GateKernelConfig
+    | SumsKernelConfig
 )
 
 KERNEL_CONFIGS: dict[str, type[KernelConfig]] = {
@@ -285,6 +321,9 @@ KERNEL_CONFIGS: dict[str, type[KernelConfig]] = {
     "gla_walk": ChunkKernelConfig,
     "gla_states": ChunkKernelConfig,
     "gla_combine": CombineKernelConfig,
+    "gla_gate": GateKernelConfig,
+    "gla_gate_bwd": GateKernelConfig,
+    "gla_gate_sums": SumsKernelConfig,
     "gla_bwd_dv": ChunkKernelConfig,
     "gla_bwd": TileKernelConfig,
     "gla_bwd_exact": ExactKernelConfig,
@@ -300,6 +339,23 @@ KERNEL_CONFIGS: dict[str, type[KernelConfig]] = {
     "gla_decode": DecodeKernelConfig,
 }
 """Which config each template takes."""
+
+
+def gate_kernels(spec: Specialisation) -> dict[str, KernelConfig]:
+    """What a low-rank gate adds to a backward config, whose kernels are those of the dense gate.
+
+    They move memory and are the same for all problems: at rank 16 beside bf16 the best of 9, 18
+    and 12 on an H100, at three shapes (docs/performance.md).
+    """
+    high = spec.rank > 32  # as much shared memory and registers as at 32, not more
+    tile = GateKernelConfig(32, 32 if high else 64, 4, 2)
+    if spec.dtype is DType.BF16:
+        tile = GateKernelConfig(64, 64, 4, 2) if high else GateKernelConfig(64, 128, 4, 3)
+    return {
+        "gla_gate": GateKernelConfig(32, 256 if spec.dtype is DType.BF16 else 64, 4, 1),
+        "gla_gate_bwd": tile,
+        "gla_gate_sums": SumsKernelConfig(64, 16, 2),
+    }
 
 
 def segmentation(segment: int, T: int) -> tuple[int, int]:
@@ -1093,6 +1149,7 @@ def why_illegal(spec: Specialisation, config: Config, gpu: GpuSpec) -> str | Non
     """
     if not config.op.serves(spec.gate):
         return f"a {spec.gate.value} gate has no {config.op.value}"
+    spec = spec.in_pass(config.op)
     if isinstance(config, ForwardConfig):
         return _why_illegal_forward(spec, config, gpu)
     if isinstance(config, BackwardConfig):
@@ -1156,11 +1213,9 @@ def default_backward(spec: Specialisation, gpu: GpuSpec, bucket: Bucket) -> Back
     walk = _walking_kernel(spec, gpu)
     chunk = 16 if wide or gpu.capability < (9, 0) else 32
     whole = block_k == padded_k(spec)
-    # On Ampere the low-rank gate beside [64, 128] tiles spills 7 kB with four warps.
-    warps = 8 if spec.gate is Gate.LOWRANK and gpu.capability < (9, 0) and block_v > 64 else 4
     config = BackwardConfig(
         states=replace(walk, chunk=min(walk.chunk, chunk)),
-        grads=TileKernelConfig(chunk, block_k, block_v, warps, walk.num_stages, dv=whole),
+        grads=TileKernelConfig(chunk, block_k, block_v, 4, walk.num_stages, dv=whole),
         dv=None if whole else walk,
     )
     return cut_backward(config, spec, bucket, gpu)

@@ -305,7 +305,7 @@ def _keeps_too_much(config: ChunksBackwardConfig, problem: Problem, gpu: GpuSpec
     way = cut_backward(config, problem.spec, problem.bucket, gpu)
     allowed = scratch_bytes()
     if allowed >= DEFAULT_SCRATCH_BYTES:
-        allowed = max(allowed, int(MOST_KEPT * problem.bytes(Op.BACKWARD)))
+        allowed = max(allowed, int(MOST_KEPT * problem.dense.bytes(Op.BACKWARD)))
     return kept_bytes(problem, way) > allowed
 
 

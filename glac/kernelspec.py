@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from glac.configs import KERNEL_CONFIGS, Config, KernelConfig
+from glac.configs import KERNEL_CONFIGS, Config, KernelConfig, gate_kernels
 from glac.errors import ConfigError
 from glac.gpus import ARCHS
 from glac.problem import Specialisation, strict_fields
@@ -77,5 +77,11 @@ class KernelSpec:
 
 
 def config_kernels(spec: Specialisation, config: Config, arch: str) -> list[KernelSpec]:
-    """The kernels of a config, in launch order."""
-    return [KernelSpec(name, spec, cfg, arch) for name, cfg in config.kernels().items()]
+    """The kernels of a config, in launch order but for those of a low-rank gate.
+
+    The backward pass of a low-rank gate is that of a dense one between kernels of the gate.
+    """
+    inner = spec.in_pass(config.op)
+    kernels = [KernelSpec(name, inner, cfg, arch) for name, cfg in config.kernels().items()]
+    around = {} if inner == spec else gate_kernels(spec)
+    return kernels + [KernelSpec(name, spec, cfg, arch) for name, cfg in around.items()]

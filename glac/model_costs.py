@@ -20,6 +20,7 @@ from typing import Any
 from glac.configs import BackwardConfig, ChunksBackwardConfig
 from glac.errors import ConfigError
 from glac.gpus import GpuSpec
+from glac.lowrank_backward import gate_bytes
 from glac.problem import DType, Gate, Op, Problem, Specialisation
 from glac.roofline import (
     Chart,
@@ -544,6 +545,7 @@ def model_costs(model: ModelConfig, gpu: GpuSpec, lengths: Sequence[int] = LENGT
         # The last norm's input and output; logits and their gradient.
         "activations, head": _WORD * tokens * (2 * model.hidden + 2 * model.vocab),
         "chunk states, one layer": states,
+        "gate and its gradient, one layer": gate_bytes(problem),
     }
     return ModelCosts(
         model=model,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import Enum
 from typing import Any
 
@@ -156,6 +156,21 @@ class Specialisation:
             )
 
     @property
+    def dense(self) -> Specialisation:
+        """With a low-rank gate written out, as the backward pass has it; others are themselves.
+
+        Beside fp16 the gate is fp32: in fp16 slow gates would lose too much.
+        """
+        if self.gate is not Gate.LOWRANK:
+            return self
+        gate_dtype = DType.BF16 if self.dtype is DType.BF16 else DType.FP32
+        return replace(self, gate=Gate.VECTOR, gate_dtype=gate_dtype, rank=0)
+
+    def in_pass(self, op: Op) -> Specialisation:
+        """What the kernels of a config for ``op`` are compiled for."""
+        return self.dense if op is Op.BACKWARD else self
+
+    @property
     def slug(self) -> str:
         """Readable part of kernel names, for example ``k128_v128_lowrank16_bf16``."""
         gate = self.gate.value + (str(self.rank) if self.rank else "")
@@ -259,6 +274,11 @@ class Problem:
         """Of a packed batch that of a dense one with as many sequences and tokens."""
         mean = max(1, self.B * self.T // self.sequences)
         return Bucket(_round_log2(self.sequences * self.H), _round_log2(mean))
+
+    @property
+    def dense(self) -> Problem:
+        """With the gate of ``Specialisation.dense``."""
+        return replace(self, spec=self.spec.dense)
 
     @property
     def ops(self) -> tuple[Op, ...]:

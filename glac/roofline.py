@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from glac.configs import (
 )
 from glac.errors import ConfigError, MissingEnvironmentError
 from glac.gpus import GPUS, RELATIVES, GpuSpec
+from glac.lowrank_backward import parts_bytes, parts_of, sums_programs, written_programs
 from glac.plan import segments_of
 from glac.problem import DType, Gate, Op, Precision, Problem, Specialisation
 from glac.templates import state_dtype, tiles
@@ -174,8 +175,6 @@ def _step(
         found_again = int(isinstance(config, TileKernelConfig) and config.keep > 1)
         suffix = (2 if spec.dtype is DType.BF16 else 1) * by_key
         flops += tiles * ((2 + found_again) * state + by_value) + 2 * by_key + suffix
-        if spec.gate is Gate.LOWRANK:  # dweight and dx
-            flops += 4 * C * BK * max(16, spec.rank)
         return flops, exps + 2 * C * BK
     if template == "gla_fwd":  # read-out, update; scores; scores times values
         return flops + 2 * state + by_key + by_value, exps + 2 * C * BK
@@ -193,8 +192,6 @@ def _step(
             again, more = _gate_step(spec, C, BK)
             flops += (again + state) * (config.keep - 1) // config.keep
             exps += (more + C * BK) * (config.keep - 1) // config.keep
-        if spec.gate is Gate.LOWRANK:  # dweight and dx
-            flops += 4 * C * BK * max(16, spec.rank)
         return flops, exps + 2 * C * BK
     raise ConfigError(
         f"no count of FLOPs for kernel {template}", hint="add it to glac.roofline._step"
@@ -422,11 +419,7 @@ def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> li
         )
     # Gradients come out for each head of the output, and for each tile.
     token_heads = problem.B * problem.T * problem.H
-    if spec.gate is Gate.LOWRANK:
-        # x's gradient in fp32; those of weight and bias are small.
-        gate_parts = 4 * token_heads * spec.rank * k_tiles * v_tiles
-    else:
-        gate_parts = v_tiles * token_heads * spec.K * spec.gate_dtype.itemsize
+    gate_parts = v_tiles * token_heads * spec.K * spec.gate_dtype.itemsize
     key_parts = 2 * v_tiles * token_heads * spec.K * spec.dtype.itemsize
     values = token_heads * spec.V * spec.dtype.itemsize
     moved = sum(sizes.values()) + states + key_parts + gate_parts + (values if grads.dv else 0)
@@ -454,9 +447,7 @@ def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> li
         )
     summed = 0
     if v_tiles > 1:
-        summed += key_parts + sizes["q"] + sizes["k"]
-    if v_tiles > 1 or spec.gate is Gate.LOWRANK:
-        summed += gate_parts + sizes["gate"]
+        summed += key_parts + gate_parts + sizes["q"] + sizes["k"] + sizes["gate"]
     if summed:
         found.append(_work(gpu, spec, "sums of parts", None, 1, 0, summed, 3))
     return found
@@ -488,9 +479,7 @@ def _chunks_work(problem: Problem, config: ChunksBackwardConfig, gpu: GpuSpec) -
     ]
     programs = tiles("gla_bwd_chunks", spec, tile) * segments * heads
     programs *= kept_in_segment(problem, config) * tile.keep
-    gate = 4 * token_heads * spec.rank * math.ceil(spec.K / tile.block_k)
-    if spec.gate is not Gate.LOWRANK:
-        gate = token_heads * spec.K * spec.gate_dtype.itemsize
+    gate = token_heads * spec.K * spec.gate_dtype.itemsize
     moved = sum(sizes.values()) + states + 2 * token_heads * spec.K * spec.dtype.itemsize + gate
     found += [
         _work(gpu, spec, "gla_bwd_chunks", tile, programs, 1, moved),
@@ -500,6 +489,37 @@ def _chunks_work(problem: Problem, config: ChunksBackwardConfig, gpu: GpuSpec) -
         summed = 3 * token_heads * spec.K * spec.dtype.itemsize + values
         found.append(_work(gpu, spec, "sums of parts", None, 1, 0, summed, 3))
     return found
+
+
+def _around_gate(
+    problem: Problem, dense: Iterable[KernelWork], gpu: GpuSpec
+) -> Iterator[KernelWork]:
+    """The backward pass of a problem, from that of its dense gate."""
+    spec = problem.spec
+    if spec.gate is not Gate.LOWRANK:
+        yield from dense
+        return
+    tokens, channels = problem.B * problem.T, problem.state_heads * spec.K
+    inputs = problem.tensor_bytes["gate"]
+    gate = tokens * channels * spec.dense.gate_dtype.itemsize
+    parts = parts_bytes(problem)
+    product = 2 * tokens * channels * max(16, spec.rank)
+
+    def moving(
+        template: str, programs: int, moved: int, products: int = 0, exps: int = 0
+    ) -> KernelWork:
+        total = {"flops": products * product, "exps": exps, "bytes": moved}
+        us = predict(
+            gpu, multiplied_as(spec), programs=programs, steps=0, warps=4, launches=1, **total
+        )
+        return KernelWork(template, 1, programs, 0, 4, us=us, **total)
+
+    written = written_programs(problem)
+    yield moving("gla_gate", written, inputs + gate, 1, tokens * channels)
+    yield from dense
+    in_x, in_w = parts_of(problem)
+    yield moving("gla_gate_bwd", in_x * in_w, inputs + gate + parts, 3, tokens * channels)
+    yield moving("gla_gate_sums", sums_programs(problem), parts + inputs)
 
 
 def kernel_work(problem: Problem, config: Config, gpu: GpuSpec) -> tuple[KernelWork, ...]:
@@ -516,9 +536,9 @@ def kernel_work(problem: Problem, config: Config, gpu: GpuSpec) -> tuple[KernelW
     if isinstance(config, ForwardConfig):
         return tuple(_forward_work(problem, config, gpu))
     if isinstance(config, BackwardConfig):
-        return tuple(_backward_work(problem, config, gpu))
+        return tuple(_around_gate(problem, _backward_work(problem.dense, config, gpu), gpu))
     if isinstance(config, ChunksBackwardConfig):
-        return tuple(_chunks_work(problem, config, gpu))
+        return tuple(_around_gate(problem, _chunks_work(problem.dense, config, gpu), gpu))
     raise ConfigError(f"no count of FLOPs for a {type(config).__name__}")
 
 

@@ -20,8 +20,10 @@ from glac.configs import (
     CombineKernelConfig,
     DecodeKernelConfig,
     ExactKernelConfig,
+    GateKernelConfig,
     KernelConfig,
     PrepareKernelConfig,
+    SumsKernelConfig,
     TileKernelConfig,
     TurnedKernelConfig,
     padded_k,
@@ -75,35 +77,31 @@ _GATE = "g:*gate x:*io w:*io bias:*gate"
 _GATE_SCALARS = "inv_normalizer:fp32 clamp_log2:fp32"
 _GROUPS = "q_group:i32 k_group:i32 s_group:i32"
 
+_ALL_STRIDES = " ".join(_STRIDES[name] for name in ("q", "k", "v", "do", "g"))
+
 _BWD_ARGS = (
-    f"q:*io k:*io v:*io {_GATE} do:*io cu:*i32 h0:*fp32 states:*state dht:*fp32 ends:*fp32 "
-    "dq:*io dk:*io dv:*io dg:*gate dx:*fp32 dw:*fp32 db:*fp32 dh0:*fp32 flags:*i32 "
-    f"scale:fp32 {_GATE_SCALARS} T:i32 B:i32 N:i32 H:i32 n_seg:i32 seg_first:i32 seg_count:i32 "
-    f"seg_len:i32 n_kept:i32 dx_first:i32 dx_tokens:i32 {_GROUPS} chain:i32 has_cu:i32 "
-    f"has_h0:i32 has_dht:i32 has_dh0:i32 has_bias:i32 {_STRIDES['q']} {_STRIDES['k']} "
-    f"{_STRIDES['v']} {_STRIDES['do']} {_STRIDES['g']} {_X_STRIDES}"
+    "q:*io k:*io v:*io g:*gate do:*io cu:*i32 h0:*fp32 states:*state dht:*fp32 ends:*fp32 dq:*io "
+    "dk:*io dv:*io dg:*gate dh0:*fp32 flags:*i32 scale:fp32 T:i32 B:i32 N:i32 H:i32 n_seg:i32 "
+    f"seg_first:i32 seg_count:i32 seg_len:i32 n_kept:i32 {_GROUPS} chain:i32 has_cu:i32 "
+    f"has_h0:i32 has_dht:i32 has_dh0:i32 {_ALL_STRIDES}"
 )
 
 # Without what only the way from the first token takes.
 _BWD_EXACT_ARGS = _BWD_ARGS.replace("h0:*fp32 ", "", 1).replace("has_h0:i32 ", "")
 
 _WALKS_ARGS = (
-    f"q:*io k:*io v:*io {_GATE} do:*io cu:*i32 h0:*fp32 starts:*fp32 dht:*fp32 ends:*fp32 "
+    "q:*io k:*io v:*io g:*gate do:*io cu:*i32 h0:*fp32 starts:*fp32 dht:*fp32 ends:*fp32 "
     "qs:*state ks:*state scores:*state decays:*fp32 flags:*i32 states:*state dstates:*state "
-    f"dv:*io dh0:*fp32 scale:fp32 {_GATE_SCALARS} T:i32 N:i32 H:i32 n_seg:i32 seg_len:i32 "
-    f"n_chunks:i32 keep:i32 n_kept:i32 {_GROUPS} has_cu:i32 has_h0:i32 has_dht:i32 has_dh0:i32 "
-    f"has_bias:i32 {_STRIDES['q']} {_STRIDES['k']} {_STRIDES['v']} {_STRIDES['do']} "
-    f"{_STRIDES['g']} {_X_STRIDES}"
+    "dv:*io dh0:*fp32 scale:fp32 T:i32 N:i32 H:i32 n_seg:i32 seg_len:i32 n_chunks:i32 keep:i32 "
+    f"n_kept:i32 {_GROUPS} has_cu:i32 has_h0:i32 has_dht:i32 has_dh0:i32 {_ALL_STRIDES}"
 )
 _CHUNKS_ARGS = (
-    f"q:*io k:*io v:*io {_GATE} do:*io cu:*i32 qs:*state ks:*state decays:*fp32 ranges:*i32 "
-    "states:*state dstates:*state dq:*io dk:*io dg:*gate dx:*fp32 dw:*fp32 db:*fp32 flags:*i32 "
-    f"scale:fp32 {_GATE_SCALARS} T:i32 N:i32 H:i32 n_seg:i32 seg_len:i32 n_kept:i32 "
-    f"n_prepared:i32 prepared:i32 {_GROUPS} has_cu:i32 has_bias:i32 {_STRIDES['q']} "
-    f"{_STRIDES['k']} {_STRIDES['v']} {_STRIDES['do']} {_STRIDES['g']} {_X_STRIDES}"
+    "q:*io k:*io v:*io g:*gate do:*io cu:*i32 qs:*state ks:*state decays:*fp32 ranges:*i32 "
+    "states:*state dstates:*state dq:*io dk:*io dg:*gate flags:*i32 scale:fp32 T:i32 N:i32 "
+    f"H:i32 n_seg:i32 seg_len:i32 n_kept:i32 n_prepared:i32 prepared:i32 {_GROUPS} has_cu:i32 "
+    f"{_ALL_STRIDES}"
 )
 
-_SCALAR_STRIDES = " ".join(_STRIDES[name] for name in ("q", "k", "v", "do", "g"))
 _QKV_STRIDES = "q_b:i32 q_t:i32 q_h:i32 k_b:i32 k_t:i32 k_h:i32 v_b:i32 v_t:i32 v_h:i32"
 
 TEMPLATES: dict[str, Template] = {
@@ -169,15 +167,39 @@ TEMPLATES: dict[str, Template] = {
             ),
             ("heads",),
         ),
+        Template(
+            "gla_gate",
+            _args(
+                "x:*io w:*io bias:*gate g:*dense inv_normalizer:fp32 clamp_log2:fp32 T:i32 "
+                "H:i32 has_bias:i32 x_b:i32 x_t:i32"
+            ),
+            ("blocks",),
+        ),
+        Template(
+            "gla_gate_bwd",
+            _args(
+                "x:*io w:*io bias:*gate dg:*dense dx:*fp32 dw:*fp32 db:*fp32 "
+                "inv_normalizer:fp32 clamp_log2:fp32 B:i32 T:i32 H:i32 parts:i32 group:i32 "
+                "length:i32 has_bias:i32 x_b:i32 x_t:i32"
+            ),
+            ("blocks",),
+        ),
+        Template(
+            "gla_gate_sums",
+            _args(
+                "dx_parts:*fp32 dw_parts:*fp32 db_parts:*fp32 dx:*io dw:*fp32 db:*fp32 "
+                "tokens:i32 channels:i32 n_n:i32 n_t:i32"
+            ),
+            ("blocks",),
+        ),
         Template("gla_bwd", _args(_BWD_ARGS), ("segments", "heads")),
         Template("gla_bwd_exact", _args(_BWD_EXACT_ARGS), ("segments", "heads")),
         Template(
             "gla_bwd_dv",
             _args(
-                f"q:*io k:*io {_GATE} do:*io cu:*i32 dht:*fp32 ends:*fp32 dv:*io scale:fp32 "
-                f"{_GATE_SCALARS} T:i32 N:i32 H:i32 n_seg:i32 seg_len:i32 {_GROUPS} has_cu:i32 "
-                f"has_dht:i32 has_bias:i32 {_STRIDES['q']} {_STRIDES['k']} {_STRIDES['do']} "
-                f"{_STRIDES['g']} {_X_STRIDES}"
+                "q:*io k:*io g:*gate do:*io cu:*i32 dht:*fp32 ends:*fp32 dv:*io scale:fp32 T:i32 "
+                f"N:i32 H:i32 n_seg:i32 seg_len:i32 {_GROUPS} has_cu:i32 has_dht:i32 "
+                f"{_STRIDES['q']} {_STRIDES['k']} {_STRIDES['do']} {_STRIDES['g']}"
             ),
             ("segments", "heads"),
         ),
@@ -200,7 +222,7 @@ TEMPLATES: dict[str, Template] = {
                 "q:*io k:*io v:*io g:*gate do:*io cu:*i32 h0:*fp32 dht:*fp32 states:*state "
                 "dstates:*state ends:*fp32 scale:fp32 T:i32 H:i32 n_chunk:i32 direction:i32 "
                 f"directions:i32 {_GROUPS} has_cu:i32 has_g:i32 has_h0:i32 has_dht:i32 "
-                f"keep_states:i32 has_ends:i32 {_SCALAR_STRIDES}"
+                f"keep_states:i32 has_ends:i32 {_ALL_STRIDES}"
             ),
             ("heads",),
         ),
@@ -209,7 +231,7 @@ TEMPLATES: dict[str, Template] = {
             _args(
                 "q:*io k:*io v:*io g:*gate do:*io cu:*i32 states:*state dstates:*state dq:*io "
                 f"dk:*io dv:*io dg:*fp32 scale:fp32 T:i32 N:i32 H:i32 n_chunk:i32 {_GROUPS} "
-                f"has_cu:i32 has_g:i32 has_dg:i32 {_SCALAR_STRIDES}"
+                f"has_cu:i32 has_g:i32 has_dg:i32 {_ALL_STRIDES}"
             ),
             ("heads", "chunks"),
         ),
@@ -218,7 +240,7 @@ TEMPLATES: dict[str, Template] = {
             _args(
                 "q:*io k:*io v:*io g:*gate do:*io cu:*i32 dht:*fp32 states:*state dq:*io dk:*io "
                 f"dg:*fp32 dh0:*fp32 scale:fp32 T:i32 B:i32 H:i32 n_chunk:i32 {_GROUPS} "
-                f"has_cu:i32 has_g:i32 has_dht:i32 has_dg:i32 has_dh0:i32 {_SCALAR_STRIDES}"
+                f"has_cu:i32 has_g:i32 has_dht:i32 has_dg:i32 has_dh0:i32 {_ALL_STRIDES}"
             ),
             ("heads",),
         ),
@@ -263,12 +285,15 @@ BACKWARD = (
 )
 """Templates of the backward pass."""
 
+AROUND_GATE = ("gla_gate", "gla_gate_bwd", "gla_gate_sums")
+"""Templates that a low-rank gate adds to them."""
+
 SCALAR_BACKWARD = ("scalar_states", "scalar_bwd_chunks", "scalar_bwd", "scalar_bwd_dv")
 """Templates of the backward pass with a scalar gate."""
 
 OP_TEMPLATES: dict[Op, tuple[str, ...]] = {
     Op.FORWARD: FORWARD,
-    Op.BACKWARD: BACKWARD,
+    Op.BACKWARD: (*BACKWARD, *AROUND_GATE),
     Op.SCALAR_FORWARD: ("scalar_fwd",),
     Op.SCALAR_BACKWARD: SCALAR_BACKWARD,
     Op.DECODE: ("gla_decode",),
@@ -276,10 +301,9 @@ OP_TEMPLATES: dict[Op, tuple[str, ...]] = {
 """Templates of each op."""
 
 
-_VECTOR_ONLY = frozenset({"g", "g_b", "g_t", "g_h", "dg"})
+_VECTOR_ONLY = frozenset({"g", "g_b", "g_t", "g_h"})
 _LOWRANK_ONLY = frozenset(
     {"x", "w", "bias", "inv_normalizer", "clamp_log2", "has_bias", "x_b", "x_t"}
-    | {"dx", "dw", "db", "dx_first", "dx_tokens"}
 )
 _LEAD_ONLY = {"gla_bwd": frozenset({"h0", "has_h0"})}
 """What templates take for the way from the first token (``kernel_templates/_lead.py``)."""
@@ -306,6 +330,13 @@ def kernel_specialisation(template: str, spec: Specialisation) -> Specialisation
     """
     if template == "gla_combine":
         return Specialisation(spec.K, spec.V, DType.FP32, Gate.VECTOR, DType.FP32)
+    if template == "gla_gate_sums":
+        rank = spec.rank
+        return replace(spec, K=rank, V=rank, gate_dtype=spec.dtype, precision=Precision.IEEE)
+    if template in AROUND_GATE:
+        return replace(spec, V=spec.K)
+    if template in BACKWARD and template not in FORWARD:
+        return spec.dense
     if template == "gla_decode":  # no product of tiles
         return replace(spec, precision=Precision.IEEE)
     return spec
@@ -321,6 +352,8 @@ def active_args(
         spec: what it is compiled for.
         unused: those that its config has no use for (``unused_args``).
     """
+    if template in AROUND_GATE:
+        return TEMPLATES[template].args
     dropped = unused | (_VECTOR_ONLY if spec.gate is Gate.LOWRANK else _LOWRANK_ONLY)
     return tuple(a for a in TEMPLATES[template].args if a.name not in dropped)
 
@@ -333,6 +366,7 @@ def state_dtype(spec: Specialisation) -> DType:
 POINTERS: dict[str, Callable[[Specialisation], str]] = {
     "*io": lambda spec: spec.dtype.value,
     "*gate": lambda spec: spec.gate_dtype.value,
+    "*dense": lambda spec: spec.dense.gate_dtype.value,
     "*state": lambda spec: state_dtype(spec).value,
     "*fp32": lambda spec: "fp32",
     "*bf16": lambda spec: "bf16",
@@ -372,22 +406,24 @@ SUMMARISING = ("gla_states", "gla_walk_states")
 _TILED_K = (TileKernelConfig, ExactKernelConfig)
 """Configs of kernels whose programs hold a tile of K, not all of it."""
 
+_OF_LOWRANK = ("R", "BR", "UR", "LOWRANK")
 _WITHOUT = {
-    "scalar_fwd": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
-    "scalar_states": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
-    "scalar_bwd_chunks": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
-    "scalar_bwd": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED", "DV", "KEEP"),
-    "scalar_bwd_dv": ("R", "BR", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
+    "scalar_fwd": (*_OF_LOWRANK, "BX", "BF16", "INTERPRETED"),
+    "scalar_states": (*_OF_LOWRANK, "BX", "BF16", "INTERPRETED"),
+    "scalar_bwd_chunks": (*_OF_LOWRANK, "BX", "BF16", "INTERPRETED"),
+    "scalar_bwd": (*_OF_LOWRANK, "BX", "BF16", "INTERPRETED", "DV", "KEEP"),
+    "scalar_bwd_dv": (*_OF_LOWRANK, "BX", "BF16", "INTERPRETED"),
     "gla_states": ("BX", "INTERPRETED"),
     "gla_prepare": ("V", "UV", "BX", "INTERPRETED"),
     "gla_walk_states": ("INTERPRETED",),
     "gla_walk": ("INTERPRETED",),
-    "gla_bwd": ("BX",),
-    "gla_bwd_exact": ("INTERPRETED", "KEEP"),
-    "gla_bwd_walks": ("R", "BR", "UK", "UR", "BX", "LOWRANK", "BF16", "INTERPRETED"),
-    "gla_bwd_walks_exact": ("INTERPRETED", "STAGES", "TMA"),
-    "gla_bwd_chunks": ("BX", "INTERPRETED", "TMA", "DV"),
-    "gla_bwd_chunks_exact": ("INTERPRETED", "DV"),
+    "gla_bwd": (*_OF_LOWRANK, "BX"),
+    "gla_bwd_dv": _OF_LOWRANK,
+    "gla_bwd_exact": (*_OF_LOWRANK, "BF16", "INTERPRETED", "KEEP"),
+    "gla_bwd_walks": (*_OF_LOWRANK, "UK", "BX", "BF16", "INTERPRETED"),
+    "gla_bwd_walks_exact": (*_OF_LOWRANK, "BF16", "INTERPRETED", "STAGES", "TMA"),
+    "gla_bwd_chunks": (*_OF_LOWRANK, "BX", "INTERPRETED", "TMA", "DV"),
+    "gla_bwd_chunks_exact": (*_OF_LOWRANK, "BF16", "INTERPRETED", "DV"),
 }
 """Constants of the others that a template does not take."""
 
@@ -398,6 +434,10 @@ def constants(template: str, spec: Specialisation, config: KernelConfig) -> dict
         return {"K": spec.K, "V": spec.V, "BLOCK": config.block}
     if isinstance(config, DecodeKernelConfig):
         return _decode_constants(template, spec, config)
+    if isinstance(config, SumsKernelConfig):
+        return {"R": spec.rank, "BLOCK": config.block, "ROWS": config.rows}
+    if isinstance(config, GateKernelConfig):
+        return _gate_constants(template, spec, config)
     lowrank = spec.gate is Gate.LOWRANK
     values: dict[str, Any] = {
         "K": spec.K,
@@ -446,6 +486,23 @@ def _inactive(
     return {a.name: None for a in TEMPLATES[template].args if a.name not in active}
 
 
+def _gate_constants(
+    template: str, spec: Specialisation, config: GateKernelConfig
+) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "K": spec.K,
+        "R": spec.rank,
+        "BR": max(16, spec.rank),
+        "UR": stride_unit(spec.rank),
+        "BT": config.chunk,
+        "BN": config.block_n,
+        "PRECISION": input_precision(spec),
+    }
+    if template == "gla_gate":
+        return {**values, "BF16": spec.dtype is DType.BF16}
+    return {**values, "STAGES": config.num_stages}
+
+
 def _decode_constants(
     template: str, spec: Specialisation, config: DecodeKernelConfig
 ) -> dict[str, Any]:
@@ -470,7 +527,7 @@ def tiles(template: str, spec: Specialisation, config: KernelConfig) -> int:
     """Programs per head, or per (segment, head): the compile-time factor of the grid."""
     if isinstance(config, CombineKernelConfig):
         return math.ceil(spec.K * spec.V / config.block)
-    if isinstance(config, PrepareKernelConfig):
+    if isinstance(config, PrepareKernelConfig | GateKernelConfig | SumsKernelConfig):
         return 1
     v_tiles = math.ceil(spec.V / config.block_v)
     if template == "scalar_bwd_chunks":  # walks all V tiles of its chunk

@@ -6,30 +6,16 @@ Shared by ``gla_bwd_exact`` and ``gla_bwd_chunks_exact``; the formulas are in th
 import triton
 import triton.language as tl
 
-from glac.kernel_templates._bwd import load_rows, logsigmoid_gate
+from glac.kernel_templates._bwd import load_rows
 from glac.kernel_templates._exact import MIDPOINT_RANGE_LOG2
 from glac.kernel_templates._gate import LOG2E, STEP_MIN_LOG2, operand
 
 
 @triton.jit
-def gate_rows(
-    g, x, b_w, b_bias, inv_normalizer, clamp_log2, t, m_row, row_g, row_x, o_k, m_k,
-    R: tl.constexpr, BR: tl.constexpr, BX: tl.constexpr,
-    LOWRANK: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Of the rows from t on: steps ``[BX, BK]`` in log2, clamped, 0 where off; slope; x."""
-    slope = 0.0
-    b_x = 0.0
-    if LOWRANK:
-        o_r = tl.arange(0, BR)
-        b_x = load_rows(x, t, 0, row_x, o_r, m_row[:, None] & (o_r < R)[None, :], BX, False)
-        b_y = tl.dot(b_x, tl.trans(b_w), input_precision=PRECISION) * LOG2E + b_bias[None, :]
-        b_g, slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
-        b_g = tl.where(m_row[:, None], b_g, 0.0)
-    else:
-        b_g = load_rows(g, t, 0, row_g, o_k, m_row[:, None] & m_k[None, :], BX, False)
-        b_g = b_g.to(tl.float32) * LOG2E
-    return tl.maximum(b_g, STEP_MIN_LOG2), slope, b_x
+def gate_rows(g, t, m_row, row_g, o_k, m_k, BX: tl.constexpr):
+    """``[BX, BK]`` gate of each step from t on, log2, clamped; 0 where ``m_row`` is off."""
+    b_g = load_rows(g, t, 0, row_g, o_k, m_row[:, None] & m_k[None, :], BX, False)
+    return tl.maximum(b_g.to(tl.float32) * LOG2E, STEP_MIN_LOG2)
 
 
 @triton.jit

@@ -85,6 +85,14 @@ def gate_steps(
 
 
 @triton.jit
+def dense_gate_steps(g, t_row, m_row, g_t, o_k, m_k, UK: tl.constexpr):
+    """``gate_steps`` of a dense gate."""
+    return gate_steps(
+        g, g, 0.0, 0.0, 0.0, 0.0, t_row, m_row, g_t, g_t, o_k, m_k, 1, 16, UK, 1, False, False, ""
+    )
+
+
+@triton.jit
 def exact_segment(
     q,  # [T, K] of this head, as k, v, g, o
     k,  # [T, K]

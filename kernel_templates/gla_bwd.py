@@ -30,10 +30,7 @@ The anchor's range is tested as in ``gla_fwd``; a program that left it says so i
 |--------|-----------------|------------|-------------------------------------------------------|
 | q, k   | [B, T, H, K]    | io         | any b, t, h stride in units of UK, last dim 1         |
 | v, do  | [B, T, H, V]    | io         | likewise, units of UV                                 |
-| g      | [B, T, H, K]    | io or fp32 | likewise (vector gate), natural log, <= 0             |
-| x      | [B, T, R]       | io         | any b, t stride in units of UR (low rank)             |
-| w      | [H*K, R]        | io         | contiguous                                            |
-| bias   | [H*K]           | io or fp32 | contiguous, absent when has_bias == 0                 |
+| g      | [B, T, H, K]    | io or fp32 | likewise, natural log, <= 0                           |
 | cu     | [N + 1]         | int32      | boundaries of a packed batch, see ``_place``          |
 | h0     | [N, HS, K, V]   | fp32       | contiguous, absent when has_h0 == 0 (LEAD)            |
 | states | [B, HS, C, N_KEPT, K, V] | state | contiguous, slot j: before chunk j * KEEP        |
@@ -42,15 +39,12 @@ The anchor's range is tested as in ``gla_fwd``; a program that left it says so i
 | ends   | [B, H, S, K, V] | fp32       | contiguous, dS at segments' ends, not of the last     |
 | dq, dk | [NV, B, T, H, K]| io         | contiguous                                            |
 | dv     | [B, T, H, V]    | io         | contiguous                                            |
-| dg     | [NV, B, T, H, K]| as g       | contiguous (vector gate)                              |
-| dx     | [NV, B, H*NK, TX, R] | fp32  | contiguous, a part of each head and K tile, TX tokens |
-| dw     | [NV, B, S, H*K, R] | fp32    | contiguous, a part of each segment                    |
-| db     | [NV, B, S, H*K] | fp32       | contiguous, likewise                                  |
+| dg     | [NV, B, T, H, K]| as g       | contiguous                                            |
 | dh0    | [N, H, K, V]    | fp32       | contiguous, absent when has_dh0 == 0                  |
 | flags  | [grid]          | int32      | 1 where the program left the range                    |
 
-The tokens of dx begin with ``dx_first``. Heads and groups are those of ``gla_fwd``. All gradients
-are per head of the output: where heads share an input, the caller adds them up.
+Heads and groups are those of ``gla_fwd``. All gradients are per head of the output: where heads
+share an input, the caller adds them up.
 
 Grid: x = V tiles (fastest) x K tiles x seg_count segments x B*H.
 """
@@ -62,8 +56,6 @@ from glac.kernel_templates._bwd import (
     await_descriptor_stores,
     cumulative_log2_t,
     load_rows,
-    logsigmoid_gate,
-    lowrank_logits_t,
     store_rows,
     suffix_sum,
     triangles,
@@ -80,9 +72,6 @@ def gla_bwd(
     k,  # [B, T, H, K]
     v,  # [B, T, H, V]
     g,  # [B, T, H, K]
-    x,  # [B, T, R]
-    w,  # [H*K, R]
-    bias,  # [H*K]
     do,  # [B, T, H, V]
     cu,  # [N + 1]
     h0,  # [N, HS, K, V]
@@ -93,14 +82,9 @@ def gla_bwd(
     dk,  # [NV, B, T, H, K]
     dv,  # [B, T, H, V]
     dg,  # [NV, B, T, H, K]
-    dx,  # [NV, B, H*NK, TX, R]
-    dw,  # [NV, B, S, H*K, R]
-    db,  # [NV, B, S, H*K]
     dh0,  # [N, H, K, V]
     flags,  # [grid]
     scale,
-    inv_normalizer,
-    clamp_log2,
     T,
     B,
     N,
@@ -110,8 +94,6 @@ def gla_bwd(
     seg_count,
     seg_len,
     n_kept,
-    dx_first,
-    dx_tokens,
     q_group,
     k_group,
     s_group,
@@ -120,7 +102,6 @@ def gla_bwd(
     has_h0,
     has_dht,
     has_dh0,
-    has_bias,
     q_b,
     q_t,
     q_h,
@@ -136,15 +117,10 @@ def gla_bwd(
     g_b,
     g_t,
     g_h,
-    x_b,
-    x_t,
     K: tl.constexpr,
     V: tl.constexpr,
-    R: tl.constexpr,
-    BR: tl.constexpr,
     UK: tl.constexpr,
     UV: tl.constexpr,
-    UR: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -152,7 +128,6 @@ def gla_bwd(
     STAGES: tl.constexpr,
     KEEP: tl.constexpr,
     DV: tl.constexpr,
-    LOWRANK: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
@@ -196,32 +171,12 @@ def gla_bwd(
     dv += ((i_b * T + bos) * H + i_h) * V
     row_dk = H.to(tl.int64) * K
     row_dv = H.to(tl.int64) * V
-    if LOWRANK:
-        o_r = tl.arange(0, BR)
-        m_r = o_r < R
-        x += (i_b * x_b + bos * x_t) * UR
-        row_x = x_t.to(tl.int64) * UR
-        p_w = (i_hs * K + o_k)[:, None] * R + o_r[None, :]
-        p_dw = (i_h * K + o_k)[:, None] * R + o_r[None, :]
-        m_w = m_k[:, None] & m_r[None, :]
-        b_w = tl.load(w + p_w, mask=m_w, other=0.0)  # [BK, BR]
-        b_bias = tl.load(bias + i_hs * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
-        b_bias = b_bias.to(tl.float32) * LOG2E
-        dx += ((((i_v * B + i_b) * H + i_h) * NK + i_k) * dx_tokens + bos - dx_first) * R
-        dw += ((i_v * B + i_b) * n_seg + slot) * H * K * R
-        db += ((i_v * B + i_b) * n_seg + slot) * H * K
-        b_dw = tl.zeros([BK, BR], dtype=tl.float32)
-        b_db = tl.zeros([BK], dtype=tl.float32)
-    else:
-        g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
-        row_g = g_t.to(tl.int64) * UK
-        dg += out
+    g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
+    row_g = g_t.to(tl.int64) * UK
+    dg += out
     # What the cumulative gate is a product of, see cumulative_log2_t.
-    if LOWRANK:
-        SUMMAND: tl.constexpr = tl.float16 if BF16 else tl.float32
-    else:
-        GATE: tl.constexpr = g.dtype.element_ty
-        SUMMAND: tl.constexpr = tl.bfloat16 if BF16 and GATE == tl.float32 else GATE
+    GATE: tl.constexpr = g.dtype.element_ty
+    SUMMAND: tl.constexpr = tl.bfloat16 if BF16 and GATE == tl.float32 else GATE
     upper, lower = triangles(BT, SUMMAND, BF16)
 
     n_chunks = tl.cdiv(t_end - t_begin, BT)
@@ -244,9 +199,8 @@ def gla_bwd(
         p_between = tl.arange(0, BK)[:, None] * BV + tl.arange(0, BV)[None, :]
         if TMA:
             s_between = tl.make_tensor_descriptor(between, [KEEP * BK, BV], [BV, 1], [BK, BV])
-    if not LOWRANK:
-        s_g = tl.make_tensor_descriptor(g, [rows, K], [row_g, 1], [BT, BK]) if TMA else g
-        s_dg = tl.make_tensor_descriptor(dg, [rows, K], [row_dk, 1], [BT, BK]) if TMA else dg
+    s_g = tl.make_tensor_descriptor(g, [rows, K], [row_g, 1], [BT, BK]) if TMA else g
+    s_dg = tl.make_tensor_descriptor(dg, [rows, K], [row_dk, 1], [BT, BK]) if TMA else dg
 
     # What enters at the segment's end. Heads that share a state take its gradient once.
     ends += ((i_b * H + i_h) * n_seg + slot) * (K * V)
@@ -277,39 +231,26 @@ def gla_bwd(
             l_k = lead_rows(k, rows, K, row_k, LEAD, BK, TMA)
             l_v = lead_rows(v, rows, V, row_v, LEAD, BV, TMA)
             l_do = lead_rows(do, rows, V, row_do, LEAD, BV, TMA)
-        if LOWRANK:
-            l_g = x
-            l_w = b_w
-            l_bias = b_bias
-            row_l = row_x
+        if LEAD == BT:
+            l_g = s_g
         else:
-            l_w = 0.0
-            l_bias = 0.0
-            row_l = row_g
-            if LEAD == BT:
-                l_g = s_g
-            else:
-                l_g = lead_rows(g, rows, K, row_g, LEAD, BK, TMA)
+            l_g = lead_rows(g, rows, K, row_g, LEAD, BK, TMA)
         # States before the chunks of the segment. Heads that share them write equal values.
         p_lead = o_k[:, None] * V + o_v[None, :]
         m_lead = m_k[:, None] & m_v[None, :]
         initial = h0 + (i_n * HS + i_hs) * (K * V)
         b_r = tl.load(initial + p_lead, mask=m_lead & (has_h0 != 0), other=0.0)
         b_r = lead_walk(
-            b_r, l_k, l_v, l_g, l_w, l_bias, 1.0, inv_normalizer, clamp_log2,
-            0, t_begin, n_tok, k0, v0, row_k, row_v, row_l, m_k, m_v,
-            R, BR, BK, BV, LEAD, STAGES + 1, False, LOWRANK, BF16, PRECISION, TMA,
+            b_r, l_k, l_v, l_g, 0.0, 0.0, 1.0, 0.0, 0.0,
+            0, t_begin, n_tok, k0, v0, row_k, row_v, row_g, m_k, m_v,
+            1, 16, BK, BV, LEAD, STAGES + 1, False, False, BF16, PRECISION, TMA,
         )  # fmt: skip
         for i in tl.range(0, n_chunks, num_stages=STAGES + 1):
             t = t_begin + i * BT
             m_t = t + row < n_tok
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
-            if LOWRANK:
-                m_tr = m_t[:, None] & m_r[None, :]
-                b_x = load_rows(x, t, 0, row_x, o_r, m_tr, BT, False)
-            else:
-                b_g = load_rows(s_g, t, k0, row_g, o_k, m_tk, BT, TMA)
+            b_g = load_rows(s_g, t, k0, row_g, o_k, m_tk, BT, TMA)
             b_k = load_rows(s_k, t, k0, row_k, o_k, m_tk, BT, TMA)
             b_v = load_rows(s_v, t, v0, row_v, o_v, m_tv, BT, TMA)
             if TMA:
@@ -317,15 +258,11 @@ def gla_bwd(
             else:
                 p_s = states + ((t - t_begin) // BT).to(tl.int64) * (K * V) + p_state
                 tl.store(p_s, b_r.to(STATE), mask=m_state)
-            if LOWRANK:
-                b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
-                b_g, _ = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
-                b_g = tl.where(m_t[None, :], b_g, 0.0)
-            b_r = lead_step(b_r, b_k, b_v, b_g, upper, 1.0, BT, False, LOWRANK, BF16, PRECISION)
+            b_r = lead_step(b_r, b_k, b_v, b_g, upper, 1.0, BT, False, False, BF16, PRECISION)
         b_ds = lead_walk(
-            b_ds, l_q, l_do, l_g, l_w, l_bias, scale, inv_normalizer, clamp_log2,
-            t_end, n_tok, n_tok, k0, v0, row_q, row_do, row_l, m_k, m_v,
-            R, BR, BK, BV, LEAD, STAGES + 1, True, LOWRANK, BF16, PRECISION, TMA,
+            b_ds, l_q, l_do, l_g, 0.0, 0.0, scale, 0.0, 0.0,
+            t_end, n_tok, n_tok, k0, v0, row_q, row_do, row_g, m_k, m_v,
+            1, 16, BK, BV, LEAD, STAGES + 1, True, False, BF16, PRECISION, TMA,
         )  # fmt: skip
         # For gla_bwd_exact.
         tl.store(ends + p_lead, b_ds, mask=m_lead & (t_begin < t_end) & (t_end < n_tok))
@@ -355,30 +292,21 @@ def gla_bwd(
                 m_t = t + row < n_tok
                 m_tk = m_t[:, None] & m_k[None, :]
                 m_tv = m_t[:, None] & m_v[None, :]
-                if LOWRANK:
-                    m_tr = m_t[:, None] & m_r[None, :]
-                    b_x = load_rows(x, t, 0, row_x, o_r, m_tr, BT, False)
-                else:
-                    b_g = load_rows(s_g, t, k0, row_g, o_k, m_tk, BT, TMA)
+                b_g = load_rows(s_g, t, k0, row_g, o_k, m_tk, BT, TMA)
                 b_k = load_rows(s_k, t, k0, row_k, o_k, m_tk, BT, TMA)
                 b_v = operand(load_rows(s_v, t, v0, row_v, o_v, m_tv, BT, TMA), IO)
                 if TMA:
                     s_between.store([i * BK, 0], b_r.to(STATE))
                 else:
                     tl.store(between + i * (BK * BV) + p_between, b_r.to(STATE))
-                if LOWRANK:
-                    b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
-                    b_gt, _ = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
-                    b_gt = tl.where(m_t[None, :], b_gt, 0.0)
-                else:
-                    b_gt = clamped(tl.trans(b_g))
-                b_cum = cumulative_log2_t(b_gt, upper, LOWRANK, BF16)
+                b_gt = clamped(tl.trans(b_g))
+                b_cum = cumulative_log2_t(b_gt, upper, False, BF16)
                 b_end = tl.min(b_cum, 1)
                 b_after = b_end[:, None] - b_cum
                 if PRECISION == "tf32x3":
                     # See gla_states.
                     m_after = (row[:, None] > row[None, :]).to(tl.float32)
-                    x_log2 = b_gt if LOWRANK else b_gt * LOG2E
+                    x_log2 = b_gt * LOG2E
                     b_after = tl.dot(x_log2, m_after, input_precision=PRECISION)
                 kr = operand(tl.trans(b_k) * tl.exp2(b_after), IO)
                 b_r = b_r * tl.exp2(b_end)[:, None]
@@ -397,11 +325,7 @@ def gla_bwd(
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
             # All loads first: with those of q and do further down, the loop spilled 200 bytes.
-            if LOWRANK:
-                m_tr = m_t[:, None] & m_r[None, :]
-                b_x = load_rows(x, t, 0, row_x, o_r, m_tr, BT, False)  # [BT, BR]
-            else:
-                b_g = load_rows(s_g, t, k0, row_g, o_k, m_tk, BT, TMA)  # [BT, BK]
+            b_g = load_rows(s_g, t, k0, row_g, o_k, m_tk, BT, TMA)  # [BT, BK]
             b_q = load_rows(s_q, t, k0, row_q, o_k, m_tk, BT, TMA)  # [BT, BK]
             b_k = load_rows(s_k, t, k0, row_k, o_k, m_tk, BT, TMA)  # [BT, BK]
             b_v = operand(load_rows(s_v, t, v0, row_v, o_v, m_tv, BT, TMA), IO)  # [BT, BV]
@@ -416,13 +340,8 @@ def gla_bwd(
                 p_s = states + i_c.to(tl.int64) * (K * V) + p_state
                 b_s = operand(tl.load(p_s, mask=m_state, other=0.0), IO)
 
-            if LOWRANK:
-                b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
-                b_gt, slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
-                b_gt = tl.where(m_t[None, :], b_gt, 0.0)  # tokens outside must not decay
-            else:
-                b_gt = tl.trans(b_g)
-            b_cum = cumulative_log2_t(b_gt, upper, LOWRANK, BF16)  # [BK, BT]
+            b_gt = tl.trans(b_g)
+            b_cum = cumulative_log2_t(b_gt, upper, False, BF16)  # [BK, BT]
             b_end = tl.min(b_cum, 1)  # [BK], the last column: g <= 0 makes G fall along the chunk
             worst = tl.minimum(worst, b_end)
             b_e = tl.exp2(b_cum) * scale  # [BK, BT]
@@ -447,16 +366,7 @@ def gla_bwd(
             b_u = kh.to(tl.float32) * b_zt
             b_total += tl.sum(b_u, 1)
             b_dg = suffix_sum(b_p - b_u, lower, BF16) + b_total[:, None]  # [BK, BT]
-            if LOWRANK:
-                b_dz = operand(tl.where(m_t[None, :], b_dg * slope, 0.0), IO)  # [BK, BT]
-                b_db += tl.sum(b_dz.to(tl.float32), 1)
-                b_dw = tl.dot(b_dz, operand(b_x, IO), b_dw, input_precision=PRECISION)
-                # [BT, BR]
-                b_dx = tl.dot(tl.trans(b_dz), operand(b_w, IO), input_precision=PRECISION)
-                p_dx = dx + t.to(tl.int64) * R + row[:, None] * R + o_r[None, :]
-                tl.store(p_dx, b_dx, mask=m_t[:, None] & m_r[None, :])
-            else:
-                store_rows(s_dg, tl.trans(b_dg.to(GATE)), t, k0, row_dk, o_k, m_tk, BT, TMA)
+            store_rows(s_dg, tl.trans(b_dg.to(GATE)), t, k0, row_dk, o_k, m_tk, BT, TMA)
             if DV:
                 b_a = tl.dot(tl.trans(kh), qh, input_precision=PRECISION)  # [BT, BT], transposed
                 b_a = operand(tl.where(m_up, b_a, 0.0), IO)
@@ -465,9 +375,6 @@ def gla_bwd(
                 store_rows(s_dv, b_dv.to(IO), t, v0, row_dv, o_v, m_tv, BT, TMA)
             b_ds = tl.dot(qh, b_do, b_ds, input_precision=PRECISION)
 
-    if LOWRANK:
-        tl.store(dw + p_dw, b_dw, mask=m_w)
-        tl.store(db + i_h * K + o_k, b_db, mask=m_k)
     # What leaves at its start: to the caller, or to the end of the segment before.
     start = dh0 + (i_n * H + i_h) * (K * V)
     has_start = has_dh0

@@ -17,30 +17,24 @@ Ga and Gb the whole decays of that one's first part and of its second, if it has
 
 The rounding is that of ``gla_bwd``, but for dS, which has been rounded as S has. Anchored in the
 middle, a chunk may decay by twice as much as from its start. A program walks over all of V, so
-that nothing is left to be summed but, over tiles of K, the gradients of a low-rank gate's input.
-One whose chunk left the range says so in ``flags``, and ``gla_bwd_chunks_exact`` does it again.
+that nothing is left to be summed. One whose chunk left the range says so in ``flags``, and
+``gla_bwd_chunks_exact`` does it again.
 
 | tensor  | shape           | dtype      | layout                                                 |
 |---------|-----------------|------------|--------------------------------------------------------|
 | q, k    | [B, T, H, K]    | io         | any b, t, h stride in units of UK, last dim 1          |
 | v, do   | [B, T, H, V]    | io         | likewise, units of UV                                  |
-| g       | [B, T, H, K]    | io or fp32 | likewise (vector gate), natural log, <= 0              |
-| x       | [B, T, R]       | io         | any b, t stride in units of UR (low rank)              |
-| w       | [H*K, R]        | io         | contiguous                                             |
-| bias    | [H*K]           | io or fp32 | contiguous, absent when has_bias == 0                  |
+| g       | [B, T, H, K]    | io or fp32 | likewise, natural log, <= 0                            |
 | cu      | [N + 1]         | int32      | boundaries of a packed batch, see ``_place``           |
 | qs, ks, decays, ranges | | | of ``gla_prepare`` (ends and flags there), not with KEEP = 1    |
 | states  | [B, HS, S, N_KEPT, K, V] | state | contiguous, before each KEEP chunks             |
 | dstates | [B, H, S, N_KEPT, K, V]  | state | contiguous, behind them, of ``gla_bwd_walks``   |
 | dq, dk  | [B, T, H, K]    | io         | contiguous                                             |
-| dg      | [B, T, H, K]    | as g       | contiguous (vector gate)                               |
-| dx      | [B, H*NK, T, R] | fp32       | contiguous, a part of each head and K tile             |
-| dw      | [B, C, H*K, R]  | fp32       | contiguous, a part of each chunk                       |
-| db      | [B, C, H*K]     | fp32       | contiguous, likewise                                   |
+| dg      | [B, T, H, K]    | as g       | contiguous                                             |
 | flags   | [grid]          | int32      | 1 where the chunk left the range                       |
 
-C counts the KEEP * N_KEPT chunks of each of S segments (``_place``). Heads and groups are those of
-``gla_fwd``; all gradients are per head of the output.
+Segments are those of ``_place``, heads and groups those of ``gla_fwd``; all gradients are per head
+of the output.
 
 Grid: x = K tiles (fastest, they share v and do in L2) x chunks x S segments x B*H; the two chunks
 of a pair follow each other, so that the second finds its states in L2.
@@ -52,8 +46,6 @@ import triton.language as tl
 from glac.kernel_templates._bwd import (
     cumulative_log2_t,
     load_rows,
-    logsigmoid_gate,
-    lowrank_logits_t,
     store_rows,
     suffix_sum,
 )
@@ -149,9 +141,6 @@ def gla_bwd_chunks(
     k,  # [B, T, H, K]
     v,  # [B, T, H, V]
     g,  # [B, T, H, K]
-    x,  # [B, T, R]
-    w,  # [H*K, R]
-    bias,  # [H*K]
     do,  # [B, T, H, V]
     cu,  # [N + 1]
     qs,  # [B, H, P, BP, BK']
@@ -163,13 +152,8 @@ def gla_bwd_chunks(
     dq,  # [B, T, H, K]
     dk,  # [B, T, H, K]
     dg,  # [B, T, H, K]
-    dx,  # [B, H*NK, T, R]
-    dw,  # [B, C, H*K, R]
-    db,  # [B, C, H*K]
     flags,  # [grid]
     scale,
-    inv_normalizer,
-    clamp_log2,
     T,
     N,
     H,
@@ -182,7 +166,6 @@ def gla_bwd_chunks(
     k_group,
     s_group,
     has_cu,
-    has_bias,
     q_b,
     q_t,
     q_h,
@@ -198,22 +181,16 @@ def gla_bwd_chunks(
     g_b,
     g_t,
     g_h,
-    x_b,
-    x_t,
     K: tl.constexpr,
     V: tl.constexpr,
-    R: tl.constexpr,
-    BR: tl.constexpr,
     UK: tl.constexpr,
     UV: tl.constexpr,
-    UR: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     PK: tl.constexpr,
     STAGES: tl.constexpr,
     KEEP: tl.constexpr,
-    LOWRANK: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -239,18 +216,7 @@ def gla_bwd_chunks(
     m_t = t + row < n_tok
     m_tk = m_t[:, None] & m_k[None, :]
     m_low = row[:, None] >= row[None, :]
-    if LOWRANK:
-        o_r = tl.arange(0, BR)
-        m_r = o_r < R
-        p_dw = (i_h * K + o_k)[:, None] * R + o_r[None, :]
-        m_w = m_k[:, None] & m_r[None, :]
-        dw += (i_b * n_chunks + chunk) * H * K * R
-        db += (i_b * n_chunks + chunk) * H * K
     if t >= t_end:
-        if LOWRANK:
-            # The caller adds up the parts of all slots.
-            tl.store(dw + p_dw, tl.zeros([BK, BR], dtype=tl.float32), mask=m_w)
-            tl.store(db + i_h * K + o_k, tl.zeros([BK], dtype=tl.float32), mask=m_k)
         tl.store(flags + pid, 0)
         return
 
@@ -268,21 +234,12 @@ def gla_bwd_chunks(
     dstates += ((i_b * H + i_h) * n_chunks + chunk) // KEEP * (K * V)
 
     # Asked for before the loop, and there when it ends.
-    if LOWRANK:
-        p_w = (i_hs * K + o_k)[:, None] * R + o_r[None, :]
-        b_w = tl.load(w + p_w, mask=m_w, other=0.0)  # [BK, BR]
-        b_bias = tl.load(bias + i_hs * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
-        x += (i_b * x_b + bos * x_t) * UR
-        row_x = x_t.to(tl.int64) * UR
-        b_x = load_rows(x, t, 0, row_x, o_r, m_t[:, None] & m_r[None, :], BT, False)
-        SUMMAND: tl.constexpr = tl.float16 if BF16 else tl.float32
-    else:
-        GATE: tl.constexpr = g.dtype.element_ty
-        g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
-        row_g = g_t.to(tl.int64) * UK
-        b_g = load_rows(g, t, 0, row_g, o_k, m_tk, BT, False)  # [BT, BK]
-        b_first = tl.load(g + t * row_g + o_k, mask=m_k, other=0.0).to(tl.float32) * LOG2E
-        SUMMAND: tl.constexpr = tl.bfloat16 if BF16 and GATE == tl.float32 else GATE
+    GATE: tl.constexpr = g.dtype.element_ty
+    g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
+    row_g = g_t.to(tl.int64) * UK
+    b_g = load_rows(g, t, 0, row_g, o_k, m_tk, BT, False)  # [BT, BK]
+    b_first = tl.load(g + t * row_g + o_k, mask=m_k, other=0.0).to(tl.float32) * LOG2E
+    SUMMAND: tl.constexpr = tl.bfloat16 if BF16 and GATE == tl.float32 else GATE
     b_q = load_rows(q, t, 0, row_q, o_k, m_tk, BT, False)  # [BT, BK]
     b_k = load_rows(k, t, 0, row_k, o_k, m_tk, BT, False)  # [BT, BK]
 
@@ -311,16 +268,10 @@ def gla_bwd_chunks(
             )  # fmt: skip
     b_da = operand(tl.where(m_low, b_da, 0.0), IO)
 
-    if LOWRANK:
-        b_y = lowrank_logits_t(b_w, b_x, b_bias.to(tl.float32) * LOG2E, PRECISION)
-        b_gt, slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
-        b_gt = tl.where(m_t[None, :], b_gt, 0.0)  # tokens outside must not decay
-        b_first = tl.sum(tl.where((row == 0)[None, :], b_gt, 0.0), 1)
-    else:
-        b_gt = tl.trans(b_g)
+    b_gt = tl.trans(b_g)
     # The triangle of the cumulative gate less what the middle has: sums from there at once.
     since = (row[:, None] <= row[None, :]).to(tl.float32) - (row <= MIDDLE).to(tl.float32)[:, None]
-    b_cum = cumulative_log2_t(b_gt, since.to(SUMMAND), LOWRANK, BF16)  # [BK, BT]
+    b_cum = cumulative_log2_t(b_gt, since.to(SUMMAND), False, BF16)  # [BK, BT]
     b_end = tl.min(b_cum, 1)  # [BK], the last column: g <= 0 makes G fall along the chunk
     b_mid = b_first - tl.max(b_cum, 1)  # [BK], Gm: the first column holds the first gate less it
     b_e = tl.exp2(b_cum) * scale  # [BK, BT]
@@ -340,17 +291,7 @@ def gla_bwd_chunks(
     b_total = b_total * tl.exp2(b_mid + b_end) + tl.sum(b_u, 1)
     lower = m_low.to(tl.bfloat16 if BF16 else tl.float32)
     b_dg = suffix_sum(b_p - b_u, lower, BF16) + b_total[:, None]  # [BK, BT]
-    if LOWRANK:
-        b_dz = operand(tl.where(m_t[None, :], b_dg * slope, 0.0), IO)  # [BK, BT]
-        tl.store(db + i_h * K + o_k, tl.sum(b_dz.to(tl.float32), 1), mask=m_k)
-        b_dw = tl.dot(b_dz, operand(b_x, IO), input_precision=PRECISION)
-        tl.store(dw + p_dw, b_dw, mask=m_w)
-        b_dx = tl.dot(tl.trans(b_dz), operand(b_w, IO), input_precision=PRECISION)  # [BT, BR]
-        p_dx = ((i_b * H + i_h) * NK + i_k) * T + bos + t + row
-        p_dx = p_dx[:, None] * R + o_r[None, :]
-        tl.store(dx + p_dx, b_dx, mask=m_t[:, None] & m_r[None, :])
-    else:
-        store_rows(dg + out, tl.trans(b_dg.to(GATE)), t, 0, row_dk, o_k, m_tk, BT, False)
+    store_rows(dg + out, tl.trans(b_dg.to(GATE)), t, 0, row_dk, o_k, m_tk, BT, False)
     # For each channel, and so that a NaN counts as out of range: a minimum over channels drops it.
     in_range = (b_mid >= -START_RANGE_LOG2) & (b_end >= -START_RANGE_LOG2)
     b_bad = 1 - tl.min(in_range.to(tl.int32), 0)

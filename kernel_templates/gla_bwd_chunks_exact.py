@@ -13,7 +13,7 @@ import triton.language as tl
 
 from glac.kernel_templates._bwd import load_rows, store_rows
 from glac.kernel_templates._bwd_exact import block_pairs, gate_rows
-from glac.kernel_templates._gate import LOG2E, operand
+from glac.kernel_templates._gate import operand
 from glac.kernel_templates._place import place
 
 
@@ -23,9 +23,6 @@ def gla_bwd_chunks_exact(
     k,  # [B, T, H, K]
     v,  # [B, T, H, V]
     g,  # [B, T, H, K]
-    x,  # [B, T, R]
-    w,  # [H*K, R]
-    bias,  # [H*K]
     do,  # [B, T, H, V]
     cu,  # [N + 1]
     qs,  # not read
@@ -37,13 +34,8 @@ def gla_bwd_chunks_exact(
     dq,  # [B, T, H, K]
     dk,  # [B, T, H, K]
     dg,  # [B, T, H, K]
-    dx,  # [B, H*NK, T, R]
-    dw,  # [B, C, H*K, R]
-    db,  # [B, C, H*K]
     flags,  # [grid]
     scale,
-    inv_normalizer,
-    clamp_log2,
     T,
     N,
     H,
@@ -56,7 +48,6 @@ def gla_bwd_chunks_exact(
     k_group,
     s_group,
     has_cu,
-    has_bias,
     q_b,
     q_t,
     q_h,
@@ -72,22 +63,15 @@ def gla_bwd_chunks_exact(
     g_b,
     g_t,
     g_h,
-    x_b,
-    x_t,
     K: tl.constexpr,
     V: tl.constexpr,
-    R: tl.constexpr,
-    BR: tl.constexpr,
     UK: tl.constexpr,
     UV: tl.constexpr,
-    UR: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     BX: tl.constexpr,
     KEEP: tl.constexpr,
-    LOWRANK: tl.constexpr,
-    BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     NK: tl.constexpr = (K + BK - 1) // BK
@@ -128,27 +112,8 @@ def gla_bwd_chunks_exact(
     row_dk = H.to(tl.int64) * K
     states += ((i_b * HS + i_hs) * n_chunks + chunk) // KEEP * (K * V)
     dstates += ((i_b * H + i_h) * n_chunks + chunk) // KEEP * (K * V)
-    b_w = 0.0
-    b_bias = 0.0
-    row_g = row_q
-    row_x = row_q
-    if LOWRANK:
-        o_r = tl.arange(0, BR)
-        m_w = m_k[:, None] & (o_r < R)[None, :]
-        x += (i_b * x_b + bos * x_t) * UR
-        row_x = x_t.to(tl.int64) * UR
-        p_w = (i_hs * K + o_k)[:, None] * R + o_r[None, :]
-        b_w = tl.load(w + p_w, mask=m_w, other=0.0)  # [BK, BR]
-        b_bias = tl.load(bias + i_hs * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
-        b_bias = b_bias.to(tl.float32) * LOG2E
-        dx += (((i_b * H + i_h) * NK + i_k) * T + bos) * R
-        dw += (i_b * n_chunks + chunk) * H * K * R
-        db += (i_b * n_chunks + chunk) * H * K
-        b_dw = tl.zeros([BK, BR], dtype=tl.float32)
-        b_db = tl.zeros([BK], dtype=tl.float32)
-    else:
-        g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
-        row_g = g_t.to(tl.int64) * UK
+    g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
+    row_g = g_t.to(tl.int64) * UK
 
     for block in tl.range(before, before + BLOCKS, num_stages=1):
         # What passes through the state, over tiles of V.
@@ -169,14 +134,8 @@ def gla_bwd_chunks_exact(
                 t_j = t_kept + j * BX
                 m_j = t_j + row < n_tok
                 m_after = (row < BX - 1) & (t_j + 1 + row < n_tok)
-                b_step, _, _ = gate_rows(
-                    g, x, b_w, b_bias, inv_normalizer, clamp_log2, t_j, m_j, row_g, row_x,
-                    o_k, m_k, R, BR, BX, LOWRANK, BF16, PRECISION,
-                )  # fmt: skip
-                b_after, _, _ = gate_rows(
-                    g, x, b_w, b_bias, inv_normalizer, clamp_log2, t_j + 1, m_after, row_g, row_x,
-                    o_k, m_k, R, BR, BX, LOWRANK, BF16, PRECISION,
-                )  # fmt: skip
+                b_step = gate_rows(g, t_j, m_j, row_g, o_k, m_k, BX)
+                b_after = gate_rows(g, t_j + 1, m_after, row_g, o_k, m_k, BX)
                 b_k = load_rows(k, t_j, 0, row_k, o_k, m_j[:, None] & m_k[None, :], BX, False)
                 b_v = load_rows(v, t_j, 0, row_v, o_v, m_j[:, None] & m_v[None, :], BX, False)
                 kh = operand(b_k.to(tl.float32) * tl.exp2(tl.cumsum(b_after, 0, reverse=True)), IO)
@@ -185,10 +144,7 @@ def gla_bwd_chunks_exact(
             for j in tl.range(0, KEEP * BLOCKS - 1 - block, num_stages=1):
                 t_j = t_kept + (KEEP * BLOCKS - 1 - j) * BX
                 m_j = t_j + row < n_tok
-                b_step, _, _ = gate_rows(
-                    g, x, b_w, b_bias, inv_normalizer, clamp_log2, t_j, m_j, row_g, row_x,
-                    o_k, m_k, R, BR, BX, LOWRANK, BF16, PRECISION,
-                )  # fmt: skip
+                b_step = gate_rows(g, t_j, m_j, row_g, o_k, m_k, BX)
                 b_q = load_rows(q, t_j, 0, row_q, o_k, m_j[:, None] & m_k[None, :], BX, False)
                 b_do = load_rows(do, t_j, 0, row_do, o_v, m_j[:, None] & m_v[None, :], BX, False)
                 qh = operand(b_q.to(tl.float32) * scale * tl.exp2(tl.cumsum(b_step, 0)), IO)
@@ -206,14 +162,8 @@ def gla_bwd_chunks_exact(
 
         m_tk = m_t[:, None] & m_k[None, :]
         m_after = (row < BX - 1) & (t + 1 + row < n_tok)
-        b_step, slope, b_x = gate_rows(
-            g, x, b_w, b_bias, inv_normalizer, clamp_log2, t, m_t, row_g, row_x, o_k, m_k,
-            R, BR, BX, LOWRANK, BF16, PRECISION,
-        )  # fmt: skip
-        b_after, _, _ = gate_rows(
-            g, x, b_w, b_bias, inv_normalizer, clamp_log2, t + 1, m_after, row_g, row_x, o_k, m_k,
-            R, BR, BX, LOWRANK, BF16, PRECISION,
-        )  # fmt: skip
+        b_step = gate_rows(g, t, m_t, row_g, o_k, m_k, BX)
+        b_after = gate_rows(g, t + 1, m_after, row_g, o_k, m_k, BX)
         b_q = load_rows(q, t, 0, row_q, o_k, m_tk, BX, False).to(tl.float32) * scale  # [BX, BK]
         b_k = load_rows(k, t, 0, row_k, o_k, m_tk, BX, False).to(tl.float32)  # [BX, BK]
         b_da = tl.where(m_low, b_da, 0.0)  # [BX, BX]
@@ -228,20 +178,5 @@ def gla_bwd_chunks_exact(
         b_dg = tl.dot(strict, b_k * b_in, input_precision="tf32x3")
         b_total = b_total * tl.exp2(tl.sum(b_step, 0))
         b_dg += tl.cumsum(b_p, 0, reverse=True) + b_total[None, :]
-        if LOWRANK:
-            b_dz = operand(tl.where(m_t[:, None], b_dg * slope, 0.0), IO)  # [BX, BK]
-            b_db += tl.sum(b_dz.to(tl.float32), 0)
-            b_dw = tl.dot(tl.trans(b_dz), operand(b_x, IO), b_dw, input_precision=PRECISION)
-            # See gla_bwd_exact.
-            for r in range(R):
-                w_r = tl.load(w + (i_hs * K + o_k) * R + r, mask=m_k, other=0.0).to(tl.float32)
-                b_dx = tl.sum(b_dz.to(tl.float32) * w_r[None, :], 1)  # [BX]
-                tl.store(dx + (t + row).to(tl.int64) * R + r, b_dx, mask=m_t)
-        else:
-            b_dg = b_dg.to(dg.dtype.element_ty)
-            store_rows(dg + out, b_dg, t, 0, row_dk, o_k, m_tk, BX, False)
-
-    if LOWRANK:
-        p_dw = (i_h * K + o_k)[:, None] * R + o_r[None, :]
-        tl.store(dw + p_dw, b_dw, mask=m_w)
-        tl.store(db + i_h * K + o_k, b_db, mask=m_k)
+        b_dg = b_dg.to(dg.dtype.element_ty)
+        store_rows(dg + out, b_dg, t, 0, row_dk, o_k, m_tk, BX, False)

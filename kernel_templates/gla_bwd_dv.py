@@ -9,10 +9,7 @@ nothing is left to be summed. Range test and second pass as in ``gla_fwd``.
 |--------|--------------|------------|-----------------------------------------------|
 | q, k   | [B, T, H, K] | io         | any b, t, h stride in units of UK, last dim 1 |
 | do     | [B, T, H, V] | io         | likewise, units of UV                         |
-| g      | [B, T, H, K] | io or fp32 | likewise (vector gate), natural log, <= 0     |
-| x      | [B, T, R]    | io         | any b, t stride in units of UR (low rank)     |
-| w      | [H*K, R]     | io         | contiguous                                    |
-| bias   | [H*K]        | io or fp32 | contiguous, absent when has_bias == 0         |
+| g      | [B, T, H, K] | io or fp32 | likewise, natural log, <= 0                   |
 | cu     | [N + 1]      | int32      | boundaries of a packed batch, see ``_place``  |
 | dht    | [N, HS, K, V] | fp32      | contiguous, absent when has_dht == 0          |
 | ends   | [B, H, S, K, V] | fp32    | contiguous, dS at segments' ends, not of the last |
@@ -30,13 +27,11 @@ from glac.kernel_templates._bwd import (
     await_descriptor_stores,
     cumulative_log2_t,
     load_rows,
-    logsigmoid_gate,
-    lowrank_logits_t,
     store_rows,
     triangles,
 )
-from glac.kernel_templates._exact import START_RANGE_LOG2, exact_scores, gate_steps
-from glac.kernel_templates._gate import LOG2E, operand
+from glac.kernel_templates._exact import START_RANGE_LOG2, dense_gate_steps, exact_scores
+from glac.kernel_templates._gate import operand
 from glac.kernel_templates._place import place
 
 
@@ -45,17 +40,12 @@ def gla_bwd_dv(
     q,  # [B, T, H, K]
     k,  # [B, T, H, K]
     g,  # [B, T, H, K]
-    x,  # [B, T, R]
-    w,  # [H*K, R]
-    bias,  # [H*K]
     do,  # [B, T, H, V]
     cu,  # [N + 1]
     dht,  # [N, HS, K, V]
     ends,  # [B, H, S, K, V]
     dv,  # [B, T, H, V]
     scale,
-    inv_normalizer,
-    clamp_log2,
     T,
     N,
     H,
@@ -66,7 +56,6 @@ def gla_bwd_dv(
     s_group,
     has_cu,
     has_dht,
-    has_bias,
     q_b,
     q_t,
     q_h,
@@ -79,21 +68,15 @@ def gla_bwd_dv(
     g_b,
     g_t,
     g_h,
-    x_b,
-    x_t,
     K: tl.constexpr,
     V: tl.constexpr,
-    R: tl.constexpr,
     BK: tl.constexpr,
-    BR: tl.constexpr,
     UK: tl.constexpr,
     UV: tl.constexpr,
-    UR: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
     BX: tl.constexpr,
     STAGES: tl.constexpr,
-    LOWRANK: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
@@ -125,23 +108,10 @@ def gla_bwd_dv(
     row_k = k_t.to(tl.int64) * UK
     row_do = do_t.to(tl.int64) * UV
     row_dv = H.to(tl.int64) * V
-    b_w = 0.0
-    b_bias = 0.0
-    if LOWRANK:
-        o_r = tl.arange(0, BR)
-        m_r = o_r < R
-        x += (i_b * x_b + bos * x_t) * UR
-        row_x = x_t.to(tl.int64) * UR
-        p_w = (i_hs * K + o_k)[:, None] * R + o_r[None, :]
-        b_w = tl.load(w + p_w, mask=m_k[:, None] & m_r[None, :], other=0.0)  # [BK, BR]
-        b_bias = tl.load(bias + i_hs * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
-        b_bias = b_bias.to(tl.float32) * LOG2E
-        SUMMAND: tl.constexpr = tl.float16 if BF16 else tl.float32
-    else:
-        g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
-        row_g = g_t.to(tl.int64) * UK
-        GATE: tl.constexpr = g.dtype.element_ty
-        SUMMAND: tl.constexpr = tl.bfloat16 if BF16 and GATE == tl.float32 else GATE
+    g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
+    row_g = g_t.to(tl.int64) * UK
+    GATE: tl.constexpr = g.dtype.element_ty
+    SUMMAND: tl.constexpr = tl.bfloat16 if BF16 and GATE == tl.float32 else GATE
     upper, _lower = triangles(BT, SUMMAND, BF16)
 
     rows = tl.maximum(n_tok, 1)
@@ -149,8 +119,7 @@ def gla_bwd_dv(
     s_k = tl.make_tensor_descriptor(k, [rows, K], [row_k, 1], [BT, BK]) if TMA else k
     s_do = tl.make_tensor_descriptor(do, [rows, V], [row_do, 1], [BT, BV]) if TMA else do
     s_dv = tl.make_tensor_descriptor(dv, [rows, V], [row_dv, 1], [BT, BV]) if TMA else dv
-    if not LOWRANK:
-        s_g = tl.make_tensor_descriptor(g, [rows, K], [row_g, 1], [BT, BK]) if TMA else g
+    s_g = tl.make_tensor_descriptor(g, [rows, K], [row_g, 1], [BT, BK]) if TMA else g
     end = dht + (i_n * (H // s_group) + i_hs) * (K * V)
     has_end = tl.where(i_h % s_group == 0, has_dht, 0)
     if not is_last:
@@ -167,20 +136,12 @@ def gla_bwd_dv(
         m_t = t + row < n_tok
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
-        if LOWRANK:
-            b_x = load_rows(x, t, 0, row_x, o_r, m_t[:, None] & m_r[None, :], BT, False)
-        else:
-            b_g = load_rows(s_g, t, 0, row_g, o_k, m_tk, BT, TMA)  # [BT, BK]
+        b_g = load_rows(s_g, t, 0, row_g, o_k, m_tk, BT, TMA)  # [BT, BK]
         b_q = load_rows(s_q, t, 0, row_q, o_k, m_tk, BT, TMA)  # [BT, BK]
         b_k = load_rows(s_k, t, 0, row_k, o_k, m_tk, BT, TMA)  # [BT, BK]
         b_do = operand(load_rows(s_do, t, v0, row_do, o_v, m_tv, BT, TMA), IO)  # [BT, BV]
-        if LOWRANK:
-            b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
-            b_gt, _slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
-            b_gt = tl.where(m_t[None, :], b_gt, 0.0)  # tokens outside must not decay
-        else:
-            b_gt = tl.trans(b_g)
-        b_cum = cumulative_log2_t(b_gt, upper, LOWRANK, BF16)  # [BK, BT]
+        b_gt = tl.trans(b_g)
+        b_cum = cumulative_log2_t(b_gt, upper, False, BF16)  # [BK, BT]
         b_end = tl.min(b_cum, 1)  # [BK]
         worst = tl.minimum(worst, b_end)
         qh = operand(tl.trans(b_q) * (tl.exp2(b_cum) * scale), IO)  # [BK, BT]
@@ -198,7 +159,6 @@ def gla_bwd_dv(
         if TMA:
             await_descriptor_stores(t_begin, INTERPRETED)
         ro = tl.arange(0, BX)
-        w_rows = tl.trans(b_w) if LOWRANK else b_w  # as gate_steps takes it
         b_ds = tl.load(end + p_state, mask=m_state, other=0.0)
         n_blocks = tl.cdiv(t_end - t_begin, BX)
         for i in tl.range(0, n_blocks, num_stages=1):
@@ -208,14 +168,8 @@ def gla_bwd_dv(
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
             m_after = (ro < BX - 1) & (t_row + 1 < n_tok)
-            b_step = gate_steps(
-                g, x, w_rows, b_bias, inv_normalizer, clamp_log2, t_row, m_t,
-                g_t, x_t, o_k, m_k, R, BR, UK, UR, LOWRANK, BF16, PRECISION,
-            )  # fmt: skip
-            b_after = gate_steps(
-                g, x, w_rows, b_bias, inv_normalizer, clamp_log2, t_row + 1, m_after,
-                g_t, x_t, o_k, m_k, R, BR, UK, UR, LOWRANK, BF16, PRECISION,
-            )  # fmt: skip
+            b_step = dense_gate_steps(g, t_row, m_t, g_t, o_k, m_k, UK)
+            b_after = dense_gate_steps(g, t_row + 1, m_after, g_t, o_k, m_k, UK)
             b_q = load_rows(q, t, 0, row_q, o_k, m_tk, BX, False).to(tl.float32) * scale
             b_k = load_rows(k, t, 0, row_k, o_k, m_tk, BX, False).to(tl.float32)
             b_do = operand(load_rows(do, t, v0, row_do, o_v, m_tv, BX, False), IO)

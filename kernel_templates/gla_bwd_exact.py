@@ -24,7 +24,7 @@ import triton.language as tl
 
 from glac.kernel_templates._bwd import load_rows, store_rows
 from glac.kernel_templates._bwd_exact import block_pairs, gate_rows
-from glac.kernel_templates._gate import LOG2E, operand
+from glac.kernel_templates._gate import operand
 from glac.kernel_templates._place import place
 
 
@@ -34,9 +34,6 @@ def gla_bwd_exact(
     k,  # [B, T, H, K]
     v,  # [B, T, H, V]
     g,  # [B, T, H, K]
-    x,  # [B, T, R]
-    w,  # [H*K, R]
-    bias,  # [H*K]
     do,  # [B, T, H, V]
     cu,  # [N + 1]
     states,  # [B, HS, C, N_KEPT, K, V]
@@ -46,14 +43,9 @@ def gla_bwd_exact(
     dk,  # [NV, B, T, H, K]
     dv,  # [B, T, H, V]
     dg,  # [NV, B, T, H, K]
-    dx,  # [NV, B, H*NK, TX, R]
-    dw,  # [NV, B, S, H*K, R]
-    db,  # [NV, B, S, H*K]
     dh0,  # [N, H, K, V]
     flags,  # [grid]
     scale,
-    inv_normalizer,
-    clamp_log2,
     T,
     B,
     N,
@@ -63,8 +55,6 @@ def gla_bwd_exact(
     seg_count,
     seg_len,
     n_kept,
-    dx_first,
-    dx_tokens,
     q_group,
     k_group,
     s_group,
@@ -72,7 +62,6 @@ def gla_bwd_exact(
     has_cu,
     has_dht,
     has_dh0,
-    has_bias,
     q_b,
     q_t,
     q_h,
@@ -88,22 +77,15 @@ def gla_bwd_exact(
     g_b,
     g_t,
     g_h,
-    x_b,
-    x_t,
     K: tl.constexpr,
     V: tl.constexpr,
-    R: tl.constexpr,
-    BR: tl.constexpr,
     UK: tl.constexpr,
     UV: tl.constexpr,
-    UR: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     BX: tl.constexpr,
     DV: tl.constexpr,
-    LOWRANK: tl.constexpr,
-    BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     NK: tl.constexpr = (K + BK - 1) // BK
@@ -146,30 +128,9 @@ def gla_bwd_exact(
     dv += ((i_b * T + bos) * H + i_h) * V
     row_dk = H.to(tl.int64) * K
     row_dv = H.to(tl.int64) * V
-    b_w = 0.0
-    b_bias = 0.0
-    row_g = row_q
-    row_x = row_q
-    if LOWRANK:
-        o_r = tl.arange(0, BR)
-        m_r = o_r < R
-        x += (i_b * x_b + bos * x_t) * UR
-        row_x = x_t.to(tl.int64) * UR
-        p_w = (i_hs * K + o_k)[:, None] * R + o_r[None, :]
-        p_dw = (i_h * K + o_k)[:, None] * R + o_r[None, :]
-        m_w = m_k[:, None] & m_r[None, :]
-        b_w = tl.load(w + p_w, mask=m_w, other=0.0)  # [BK, BR]
-        b_bias = tl.load(bias + i_hs * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
-        b_bias = b_bias.to(tl.float32) * LOG2E
-        dx += ((((i_v * B + i_b) * H + i_h) * NK + i_k) * dx_tokens + bos - dx_first) * R
-        dw += ((i_v * B + i_b) * n_seg + slot) * H * K * R
-        db += ((i_v * B + i_b) * n_seg + slot) * H * K
-        b_dw = tl.zeros([BK, BR], dtype=tl.float32)
-        b_db = tl.zeros([BK], dtype=tl.float32)
-    else:
-        g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
-        row_g = g_t.to(tl.int64) * UK
-        dg += out
+    g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
+    row_g = g_t.to(tl.int64) * UK
+    dg += out
 
     n_chunks = tl.cdiv(t_end - t_begin, BT)
     states += ((i_b * HS + i_hs) * seg_count + slot - seg_first) * n_kept * (K * V)
@@ -193,14 +154,8 @@ def gla_bwd_exact(
             t = t_begin + i_c * BT + j * BX
             m_t = t + row < n_tok
             m_after = (row < BX - 1) & (t + 1 + row < n_tok)
-            b_step, _, _ = gate_rows(
-                g, x, b_w, b_bias, inv_normalizer, clamp_log2, t, m_t, row_g, row_x, o_k, m_k,
-                R, BR, BX, LOWRANK, BF16, PRECISION,
-            )  # fmt: skip
-            b_after, _, _ = gate_rows(
-                g, x, b_w, b_bias, inv_normalizer, clamp_log2, t + 1, m_after, row_g, row_x,
-                o_k, m_k, R, BR, BX, LOWRANK, BF16, PRECISION,
-            )  # fmt: skip
+            b_step = gate_rows(g, t, m_t, row_g, o_k, m_k, BX)
+            b_after = gate_rows(g, t + 1, m_after, row_g, o_k, m_k, BX)
             b_k = load_rows(k, t, 0, row_k, o_k, m_t[:, None] & m_k[None, :], BX, False)
             b_v = load_rows(v, t, 0, row_v, o_v, m_t[:, None] & m_v[None, :], BX, False)
             kh = operand(b_k.to(tl.float32) * tl.exp2(tl.cumsum(b_after, 0, reverse=True)), IO)
@@ -212,14 +167,8 @@ def gla_bwd_exact(
         m_tk = m_t[:, None] & m_k[None, :]
         m_tv = m_t[:, None] & m_v[None, :]
         m_after = (row < BX - 1) & (t + 1 + row < n_tok)
-        b_step, slope, b_x = gate_rows(
-            g, x, b_w, b_bias, inv_normalizer, clamp_log2, t, m_t, row_g, row_x, o_k, m_k,
-            R, BR, BX, LOWRANK, BF16, PRECISION,
-        )  # fmt: skip
-        b_after, _, _ = gate_rows(
-            g, x, b_w, b_bias, inv_normalizer, clamp_log2, t + 1, m_after, row_g, row_x, o_k, m_k,
-            R, BR, BX, LOWRANK, BF16, PRECISION,
-        )  # fmt: skip
+        b_step = gate_rows(g, t, m_t, row_g, o_k, m_k, BX)
+        b_after = gate_rows(g, t + 1, m_after, row_g, o_k, m_k, BX)
         b_q = load_rows(q, t, 0, row_q, o_k, m_tk, BX, False).to(tl.float32) * scale  # [BX, BK]
         b_k = load_rows(k, t, 0, row_k, o_k, m_tk, BX, False).to(tl.float32)  # [BX, BK]
         b_v = operand(load_rows(v, t, 0, row_v, o_v, m_tv, BX, False), IO)  # [BX, BV]
@@ -240,18 +189,8 @@ def gla_bwd_exact(
         # The prefix sums have no cancellation; as inclusive sums less the row they would.
         b_dg = tl.dot(strict, b_k * b_in, input_precision="tf32x3")
         b_dg += tl.cumsum(b_p, 0, reverse=True) + (decay * tl.sum(b_s * b_ds, 1))[None, :]
-        if LOWRANK:
-            b_dz = operand(tl.where(m_t[:, None], b_dg * slope, 0.0), IO)  # [BX, BK]
-            b_db += tl.sum(b_dz.to(tl.float32), 0)
-            b_dw = tl.dot(tl.trans(b_dz), operand(b_x, IO), b_dw, input_precision=PRECISION)
-            # A product of [BX, BR] would be repeated by every warp, for 1900 bytes of spills.
-            for r in range(R):
-                w_r = tl.load(w + (i_hs * K + o_k) * R + r, mask=m_k, other=0.0).to(tl.float32)
-                b_dx = tl.sum(b_dz.to(tl.float32) * w_r[None, :], 1)  # [BX]
-                tl.store(dx + (t + row).to(tl.int64) * R + r, b_dx, mask=m_t)
-        else:
-            b_dg = b_dg.to(dg.dtype.element_ty)
-            store_rows(dg, b_dg, t, 0, row_dk, o_k, m_tk, BX, False)
+        b_dg = b_dg.to(dg.dtype.element_ty)
+        store_rows(dg, b_dg, t, 0, row_dk, o_k, m_tk, BX, False)
         if DV:
             b_a = operand(tl.where(m_low, b_a, 0.0), IO)
             b_dv = tl.dot(tl.trans(b_a), b_do, input_precision=PRECISION)  # [BX, BV]
@@ -262,9 +201,6 @@ def gla_bwd_exact(
         qh = operand(b_q * e_start, IO)
         b_ds = tl.dot(tl.trans(qh), b_do, b_ds, input_precision=PRECISION)
 
-    if LOWRANK:
-        tl.store(dw + p_dw, b_dw, mask=m_w)
-        tl.store(db + i_h * K + o_k, b_db, mask=m_k)
     start = dh0 + (i_n * H + i_h) * (K * V)
     has_start = has_dh0
     if not is_first:

@@ -19,10 +19,7 @@ loops spilled 2 KB at K = 256.
 |---------|-----------------|------------|--------------------------------------------------------|
 | q, k    | [B, T, H, K]    | io         | any b, t, h stride in units of UK, last dim 1          |
 | v, do   | [B, T, H, V]    | io         | likewise, units of UV                                  |
-| g       | [B, T, H, K]    | io or fp32 | likewise (vector gate), natural log, <= 0              |
-| x       | [B, T, R]       | io         | any b, t stride in units of UR (low rank)              |
-| w       | [H*K, R]        | io         | contiguous                                             |
-| bias    | [H*K]           | io or fp32 | contiguous, absent when has_bias == 0                  |
+| g       | [B, T, H, K]    | io or fp32 | likewise, natural log, <= 0                            |
 | cu      | [N + 1]         | int32      | boundaries of a packed batch, see ``_place``           |
 | h0      | [N, HS, K, V]   | fp32       | contiguous, absent when has_h0 == 0                    |
 | starts  | [B, HS, S, K, V] | fp32      | contiguous, state before segments, not the first       |
@@ -66,9 +63,6 @@ def gla_bwd_walks(
     k,  # [B, T, H, K]
     v,  # [B, T, H, V]
     g,  # [B, T, H, K]
-    x,  # [B, T, R]
-    w,  # [H*K, R]
-    bias,  # [H*K]
     do,  # [B, T, H, V]
     cu,  # [N + 1]
     h0,  # [N, HS, K, V]
@@ -85,8 +79,6 @@ def gla_bwd_walks(
     dv,  # [B, T, H, V]
     dh0,  # [N, H, K, V]
     scale,
-    inv_normalizer,
-    clamp_log2,
     T,
     N,
     H,
@@ -102,7 +94,6 @@ def gla_bwd_walks(
     has_h0,
     has_dht,
     has_dh0,
-    has_bias,
     q_b,
     q_t,
     q_h,
@@ -118,8 +109,6 @@ def gla_bwd_walks(
     g_b,
     g_t,
     g_h,
-    x_b,
-    x_t,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,

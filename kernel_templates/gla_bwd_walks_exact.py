@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from glac.kernel_templates._bwd import load_rows, store_rows
-from glac.kernel_templates._exact import exact_scores, gate_steps
+from glac.kernel_templates._exact import dense_gate_steps, exact_scores
 from glac.kernel_templates._flags import flagged
-from glac.kernel_templates._gate import LOG2E, operand
+from glac.kernel_templates._gate import operand
 from glac.kernel_templates._place import place
 
 
@@ -24,9 +24,6 @@ def gla_bwd_walks_exact(
     k,  # [B, T, H, K]
     v,  # [B, T, H, V]
     g,  # [B, T, H, K]
-    x,  # [B, T, R]
-    w,  # [H*K, R]
-    bias,  # [H*K]
     do,  # [B, T, H, V]
     cu,  # [N + 1]
     h0,  # [N, HS, K, V]
@@ -43,8 +40,6 @@ def gla_bwd_walks_exact(
     dv,  # [B, T, H, V]
     dh0,  # [N, H, K, V]
     scale,
-    inv_normalizer,
-    clamp_log2,
     T,
     N,
     H,
@@ -60,7 +55,6 @@ def gla_bwd_walks_exact(
     has_h0,
     has_dht,
     has_dh0,
-    has_bias,
     q_b,
     q_t,
     q_h,
@@ -76,21 +70,14 @@ def gla_bwd_walks_exact(
     g_b,
     g_t,
     g_h,
-    x_b,
-    x_t,
     K: tl.constexpr,
     V: tl.constexpr,
-    R: tl.constexpr,
     BK: tl.constexpr,
-    BR: tl.constexpr,
     UK: tl.constexpr,
     UV: tl.constexpr,
-    UR: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
     BX: tl.constexpr,
-    LOWRANK: tl.constexpr,
-    BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -121,17 +108,7 @@ def gla_bwd_walks_exact(
 
     k += (i_b * k_b + bos * k_t + (i_h // k_group).to(tl.int64) * k_h) * UK
     row_k = k_t.to(tl.int64) * UK
-    b_w = 0.0
-    b_bias = 0.0
-    if LOWRANK:
-        o_r = tl.arange(0, BR)
-        x += (i_b * x_b + bos * x_t) * UR
-        p_w = (i_hs * K + o_k)[None, :] * R + o_r[:, None]
-        b_w = tl.load(w + p_w, mask=m_k[None, :] & (o_r < R)[:, None], other=0.0)  # [BR, BK]
-        b_bias = tl.load(bias + i_hs * K + o_k, mask=m_k & (has_bias != 0), other=0.0)
-        b_bias = b_bias.to(tl.float32) * LOG2E
-    else:
-        g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
+    g += (i_b * g_b + bos * g_t + i_hs.to(tl.int64) * g_h) * UK
 
     if walks_back:
         q += (i_b * q_b + bos * q_t + (i_h // q_group).to(tl.int64) * q_h) * UK
@@ -157,14 +134,8 @@ def gla_bwd_walks_exact(
             m_tk = m_t[:, None] & m_k[None, :]
             m_tv = m_t[:, None] & m_v[None, :]
             m_after = (ro < BX - 1) & (t_row + 1 < n_tok)
-            b_step = gate_steps(
-                g, x, b_w, b_bias, inv_normalizer, clamp_log2, t_row, m_t,
-                g_t, x_t, o_k, m_k, R, BR, UK, UR, LOWRANK, BF16, PRECISION,
-            )  # fmt: skip
-            b_after = gate_steps(
-                g, x, b_w, b_bias, inv_normalizer, clamp_log2, t_row + 1, m_after,
-                g_t, x_t, o_k, m_k, R, BR, UK, UR, LOWRANK, BF16, PRECISION,
-            )  # fmt: skip
+            b_step = dense_gate_steps(g, t_row, m_t, g_t, o_k, m_k, UK)
+            b_after = dense_gate_steps(g, t_row + 1, m_after, g_t, o_k, m_k, UK)
             b_q = load_rows(q, t, 0, row_q, o_k, m_tk, BX, False).to(tl.float32) * scale
             b_k = load_rows(k, t, 0, row_k, o_k, m_tk, BX, False).to(tl.float32)
             b_do = operand(load_rows(do, t, 0, row_do, o_v, m_tv, BX, False), IO)  # [BX, BV]
@@ -202,14 +173,8 @@ def gla_bwd_walks_exact(
             if t_in % keep == 0:
                 p_s = states + (t_in // keep).to(tl.int64) * (K * V) + p_state
                 tl.store(p_s, b_s.to(STATE), mask=m_state)
-            b_step = gate_steps(
-                g, x, b_w, b_bias, inv_normalizer, clamp_log2, t_row, m_t,
-                g_t, x_t, o_k, m_k, R, BR, UK, UR, LOWRANK, BF16, PRECISION,
-            )  # fmt: skip
-            b_after = gate_steps(
-                g, x, b_w, b_bias, inv_normalizer, clamp_log2, t_row + 1, m_after,
-                g_t, x_t, o_k, m_k, R, BR, UK, UR, LOWRANK, BF16, PRECISION,
-            )  # fmt: skip
+            b_step = dense_gate_steps(g, t_row, m_t, g_t, o_k, m_k, UK)
+            b_after = dense_gate_steps(g, t_row + 1, m_after, g_t, o_k, m_k, UK)
             m_tk = m_t[:, None] & m_k[None, :]
             b_k = load_rows(k, t, 0, row_k, o_k, m_tk, BX, False).to(tl.float32)
             m_tv = m_t[:, None] & m_v[None, :]

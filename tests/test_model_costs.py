@@ -101,6 +101,9 @@ def test_memory_by_hand() -> None:
     # 8 heads of 256 x 512 in bf16 are 2 MiB a chunk: of 32 or 64 chunks, 80 MiB at most is free.
     assert states % (4 * 2 * 256 * 512) == 0
     assert 0 < states < 2**30
+    # 4 heads of 256 channels: gate and gradient; 8 tiles' parts of dx, 16 blocks' of dw and db.
+    gate = memory.pop("gate and its gradient, one layer")
+    assert gate == 2 * 2 * tokens * 1024 + 4 * (8 * tokens * 16 + 16 * 1024 * 17)
     channels = 2 * 2048 + 2 * 2048 + (2 * 1024 + 2048 + 16) + 3 * 2048 + 3 * 5632
     assert sum(memory.values()) == 24 * 2 * tokens * channels
     assert sum(activation_bytes(model).values()) == 2 * tokens * channels

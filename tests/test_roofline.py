@@ -412,9 +412,10 @@ def test_the_model_is_as_good_as_its_page_says() -> None:
     backward = [
         roofline(problem, H200, "backward", config=backward_config(slug)).predicted_us / us
         for problem, ((us, slug), *_) in study("h200_backward_study.csv").items()
+        if problem.spec.gate is Gate.VECTOR  # the others' kernels are gone
     ]
-    assert len(backward) == 7
-    assert 0.6 < min(backward) < max(backward) < 1.0
+    assert len(backward) == 5
+    assert 0.77 < min(backward) < max(backward) < 0.96
 
 
 # ---- what was measured ----

@@ -21,7 +21,7 @@ from glac.configs import (
     padded_v,
 )
 from glac.gpus import GpuSpec
-from glac.problem import Gate, Problem
+from glac.problem import Gate, Op, Problem
 
 _REGISTERS = 65536
 _CHUNK_LATENCY = 1.1e-6
@@ -80,6 +80,9 @@ def _walk_seconds(
 
 def predicted_us(problem: Problem, config: Config, gpu: GpuSpec) -> float:
     """Microseconds that ``config`` should take for its op of ``problem`` on ``gpu``."""
+    if config.op is Op.BACKWARD:
+        # What a low-rank gate adds is the same for all configs.
+        problem = problem.dense
     spec = problem.spec
     rows = problem.B * problem.H * problem.T
     k_bytes, v_bytes = _row_bytes(problem)

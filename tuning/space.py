@@ -67,7 +67,7 @@ from glac.configs import (
 )
 from glac.errors import ConfigError
 from glac.gpus import GpuSpec
-from glac.problem import DType, Gate, Op, Problem, Specialisation
+from glac.problem import DType, Op, Problem, Specialisation
 from glac.suites import SUITES as SUITES
 from glac.suites import make_problem as make_problem
 
@@ -440,12 +440,10 @@ def _chunks_configs(problem: Problem, gpu: GpuSpec) -> list[ChunksBackwardConfig
 
     Walking back, each of these makes dq, dk and dg in parts, which are then added up, and the
     gate's exponentials again. Measured on an H100: 810 us instead of 1467 at 8,2048,4,256,512 and
-    299 instead of 438 at 8,2048,4,128,256, but 393 instead of 395 at 4,2048,16,128,128; with a
-    low-rank gate, whose logits each walk makes again, 484 instead of 529 there.
+    299 instead of 438 at 8,2048,4,128,256, but 393 instead of 395 at 4,2048,16,128,128.
     """
     spec = problem.spec
-    pays = spec.V >= 2 * spec.K or (spec.gate is Gate.LOWRANK and spec.K > 64)
-    if not pays or spec.dtype is not DType.BF16 or gpu.capability < (9, 0):
+    if spec.V < 2 * spec.K or spec.dtype is not DType.BF16 or gpu.capability < (9, 0):
         return []
     tiles = [t for t in CHUNK_TILES if chunks_illegal(spec, t, gpu) is None]
     if padded_k(spec) > 128:
@@ -618,7 +616,7 @@ def space(problem: Problem, gpu: GpuSpec, effort: str = "standard", op: Op = Op.
         configs = _quick_forward(forward, default) if effort == "quick" else forward
     else:
         if isinstance(default, BackwardConfig | ChunksBackwardConfig):
-            configs = _backward_configs(problem, gpu, default)
+            configs = _backward_configs(problem.dense, gpu, default)
         elif isinstance(default, ScalarForwardConfig):
             configs = _scalar_forward_configs(problem, gpu, default)
         elif isinstance(default, ScalarBackwardConfig):

@@ -75,7 +75,7 @@ def why_left_out(row: PackRow) -> str:
     if isinstance(row.config, ForwardConfig | ScalarForwardConfig | DecodeConfig):
         return ""
     if row.spec.gate is Gate.LOWRANK:
-        return "PyTorch sums up the gradients of a low-rank gate from parts"
+        return "the kernels around the pass of a low-rank gate have no C yet"
     if isinstance(row.config, ChunksBackwardConfig) or row.config.grads is None:
         return ""
     tiles = math.ceil(row.spec.V / row.config.grads.block_v)

@@ -547,7 +547,10 @@ def test_memory(packed: Packed, gate: str) -> None:
     results = o.nbytes + sum(grad.nbytes for grad in grads)
     beyond = torch.cuda.max_memory_allocated() - before - results
     assert kept <= 16 * MIB, f"{kept / MIB:.1f} MiB kept for the backward pass"
-    assert beyond <= 128 * MIB, f"{beyond / MIB:.1f} MiB beyond inputs and results at the peak"
+    # Of a low-rank gate there are the dense one, what its gradient is and what is made of that, 77
+    # MiB at the peak; of a dense one the caller has two of them.
+    most = 208 if gate == "lowrank" else 128
+    assert beyond <= most * MIB, f"{beyond / MIB:.1f} MiB beyond inputs and results at the peak"
 
 
 def test_large_tensors(packed: Packed) -> None:
