@@ -23,7 +23,7 @@ from glac.gpus import GPUS
 from glac.kernelspec import config_kernels
 from glac.problem import Op
 from glac.templates import templates_sha256
-from glac.tuned import TunedFile, TunedRow, load_tuned, shipped, shipped_names
+from glac.tuned import TunedFile, TunedRow, shipped, shipped_names
 from glac.tuning.space import space
 
 FILES = shipped_names()
@@ -54,14 +54,9 @@ def kernels_but_segments(row: TunedRow) -> tuple[Op, int, int, Config]:
     return row.op, row.spec.K, row.spec.V, config
 
 
-SUPERSEDED = Path(__file__).resolve().parent.parent / "benchmarks/results/h100_superseded.yaml"
-"""Winners of thorough studies that gave way to kinds of kernels which came later."""
-
-
 @functools.cache
 def found_thoroughly() -> set[tuple[Op, int, int, Config]]:
     rows = [(row, name) for name in FILES for row in tuned(name).rows]
-    rows += [(row, "h100") for row in load_tuned(SUPERSEDED).rows]
     return {kernels_but_segments(row) for row, name in rows if searched(row, name)}
 
 

@@ -233,78 +233,20 @@ def test_one_reset_in_a_pair(position: int) -> None:
 # --- low-rank gates ---------------------------------------------------------------------------
 
 
-@settings(max_examples=3)
-@given(
-    batch=st.integers(1, 2),
-    tokens=st.integers(1, 70),
-    heads=st.integers(1, 2),
-    keys=SIZES,
-    values=st.sampled_from([4, 16, 24]),
-    dtypes=DTYPES,
-    rank=st.sampled_from([8, 16]),
-    cfg=drawn_configs(),
-    bias=st.booleans(),
-    normalizer=st.sampled_from([0.05, 1.0, 16.0]),
-    clamp_min=st.sampled_from([None, -0.5, -1e-3, 0.0]),
-    seed=st.integers(0, 2**16),
-)
-@example(1, 40, 2, 16, 24, (FP16, FP32), 8, chunks_config(), True, 0.05, None, 0)
-@example(2, 70, 2, 20, 16, (FP32, FP32), 16, chunks_config(32, 32), False, 16.0, -1e-3, 0)
-@example(1, 40, 1, 20, 24, (FP32, FP32), 8, chunks_config(16, keep=2), True, 1.0, None, 0)
-def test_low_rank_gate(
-    batch: int,
-    tokens: int,
-    heads: int,
-    keys: int,
-    values: int,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    rank: int,
-    cfg: ChunksBackwardConfig,
-    bias: bool,
-    normalizer: float,
-    clamp_min: float | None,
-    seed: int,
-) -> None:
-    dtype, bias_dtype = dtypes
-    x = make_inputs(
-        batch,
-        tokens,
-        heads,
-        keys,
-        values,
-        dtype=dtype,
-        gate="lowrank",
-        rank=rank,
-        seed=seed,
-        initial_state=True,
-    )
-    assert x.bias is not None
-    x = replace(x, bias=x.bias.to(bias_dtype) if bias else None)
-    assert_gradients_right(
-        x, fitted(x, cfg), seed=seed, normalizer=normalizer, clamp_min=clamp_min
-    )
+@pytest.mark.parametrize("keep", [1, 2])
+def test_low_rank_gate(keep: int) -> None:
+    x = make_inputs(2, 40, 2, 20, 24, dtype=FP32, gate="lowrank", rank=8, initial_state=True)
+    assert_gradients_right(x, chunks_config(16, keep=keep), normalizer=1.0)
 
 
 # --- the ladder -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gate", ["vector", "lowrank"])
 @pytest.mark.parametrize("midpoint", [128.0, -1.0])
-def test_all_levels_give_the_same(
-    gate: str, midpoint: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_levels_give_the_same(midpoint: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mild gates sent into the exact kernels: by midpoint anchors, then element by element."""
     keys, values, cfg = CONFIGS["two walked chunks"]
-    x = make_inputs(
-        1,
-        40,
-        1,
-        keys,
-        values,
-        dtype=FP32,
-        gate="vector" if gate == "vector" else "lowrank",
-        initial_state=True,
-    )
+    x = make_inputs(1, 40, 1, keys, values, dtype=FP32, initial_state=True)
     do, dht = ends_of(x)
     fast = run_gradients(x, cfg, do, dht)
     assert fast.redone == 0
