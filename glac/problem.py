@@ -278,7 +278,7 @@ class Problem:
     @property
     def dense(self) -> Problem:
         """With the gate of ``Specialisation.dense``."""
-        return replace(self, spec=self.spec.dense)
+        return self if self.spec.gate is not Gate.LOWRANK else replace(self, spec=self.spec.dense)
 
     @property
     def ops(self) -> tuple[Op, ...]:

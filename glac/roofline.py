@@ -379,7 +379,10 @@ def _borders_work(
     return [*forward, *_summary_work(problem, gpu, states, segments, length, back, problem.H)]
 
 
-def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> list[KernelWork]:
+def _backward_work(
+    problem: Problem, config: BackwardConfig, gpu: GpuSpec, lowrank: bool
+) -> list[KernelWork]:
+    """Of a dense gate; ``lowrank``: it was written out."""
     spec, grads, sizes = problem.spec, config.grads, problem.tensor_bytes
     way = cut(problem, config)
     launches = math.ceil(way.segments / way.at_once)
@@ -445,10 +448,10 @@ def _backward_work(problem: Problem, config: BackwardConfig, gpu: GpuSpec) -> li
                 sizes["q"] + sizes["k"] + sizes["gate"] + sizes["o"] + values,
             )
         )
-    summed = 0
     if v_tiles > 1:
-        summed += key_parts + gate_parts + sizes["q"] + sizes["k"] + sizes["gate"]
-    if summed:
+        summed = key_parts + sizes["q"] + sizes["k"]
+        if not lowrank:  # else what follows adds them up
+            summed += gate_parts + sizes["gate"]
         found.append(_work(gpu, spec, "sums of parts", None, 1, 0, summed, 3))
     return found
 
@@ -492,17 +495,14 @@ def _chunks_work(problem: Problem, config: ChunksBackwardConfig, gpu: GpuSpec) -
 
 
 def _around_gate(
-    problem: Problem, dense: Iterable[KernelWork], gpu: GpuSpec
+    problem: Problem, dense: Iterable[KernelWork], parts: int, gpu: GpuSpec
 ) -> Iterator[KernelWork]:
-    """The backward pass of a problem, from that of its dense gate."""
+    """The backward pass of a low-rank gate, from that of a dense one, its gradient in parts."""
     spec = problem.spec
-    if spec.gate is not Gate.LOWRANK:
-        yield from dense
-        return
     tokens, channels = problem.B * problem.T, problem.state_heads * spec.K
     inputs = problem.tensor_bytes["gate"]
     gate = tokens * channels * spec.dense.gate_dtype.itemsize
-    parts = parts_bytes(problem)
+    sums = parts_bytes(problem)
     product = 2 * tokens * channels * max(16, spec.rank)
 
     def moving(
@@ -518,8 +518,9 @@ def _around_gate(
     yield moving("gla_gate", written, inputs + gate, 1, tokens * channels)
     yield from dense
     in_x, in_w = parts_of(problem)
-    yield moving("gla_gate_bwd", in_x * in_w, inputs + gate + parts, 3, tokens * channels)
-    yield moving("gla_gate_sums", sums_programs(problem), parts + inputs)
+    read = inputs + gate * parts * problem.s_group
+    yield moving("gla_gate_bwd", in_x * in_w, read + sums, 3, tokens * channels)
+    yield moving("gla_gate_sums", sums_programs(problem), sums + inputs)
 
 
 def kernel_work(problem: Problem, config: Config, gpu: GpuSpec) -> tuple[KernelWork, ...]:
@@ -535,10 +536,14 @@ def kernel_work(problem: Problem, config: Config, gpu: GpuSpec) -> tuple[KernelW
         )
     if isinstance(config, ForwardConfig):
         return tuple(_forward_work(problem, config, gpu))
-    if isinstance(config, BackwardConfig):
-        return tuple(_around_gate(problem, _backward_work(problem.dense, config, gpu), gpu))
-    if isinstance(config, ChunksBackwardConfig):
-        return tuple(_around_gate(problem, _chunks_work(problem.dense, config, gpu), gpu))
+    if isinstance(config, BackwardConfig | ChunksBackwardConfig):
+        dense, lowrank = problem.dense, problem.spec.gate is Gate.LOWRANK
+        if isinstance(config, BackwardConfig):
+            found = _backward_work(dense, config, gpu, lowrank)
+            parts = math.ceil(dense.spec.V / config.grads.block_v)
+        else:
+            found, parts = _chunks_work(dense, config, gpu), 1
+        return tuple(_around_gate(problem, found, parts, gpu) if lowrank else found)
     raise ConfigError(f"no count of FLOPs for a {type(config).__name__}")
 
 

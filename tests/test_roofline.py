@@ -113,6 +113,28 @@ def test_v_tiles_repeat_scores_and_gates() -> None:
     assert two.flops - one.flops == 8 * 2048 * 4 * 2 * 2 * 32 * 128
 
 
+def test_a_low_rank_gate_is_written_out_for_the_backward_pass() -> None:
+    lowrank = make_problem((16, 2048, 8, 128, 128), Gate.LOWRANK, 16)
+    first, *dense, parts, sums = kernel_work(lowrank, BACKWARD, H200)
+    assert tuple(dense) == kernel_work(PROBLEM, BACKWARD, H200)
+    tokens = 16 * 2048
+    inputs = 2 * (tokens * 16 + 1024 * 16 + 1024)
+    assert (first.template, first.bytes) == ("gla_gate", inputs + 2 * tokens * 1024)
+    # 8 tiles of 128 channels, 64 blocks of 512 tokens.
+    made = 4 * (8 * tokens * 16 + 64 * 1024 * 17)
+    assert parts.bytes == inputs + 2 * tokens * 1024 + made
+    assert (parts.programs, sums.bytes) == (8 * 64, made + inputs)
+    # With two tiles of V their parts are added up here, not before.
+    wide = make_problem((8, 2048, 4, 128, 256), Gate.LOWRANK, 16)
+    tiles = replace(BACKWARD, grads=TileKernelConfig(32, 64, 128, 4, 2), dv=WALK)
+    *_, plain = kernel_work(replace(wide, spec=wide.spec.dense), tiles, H200)
+    *_, found, parts, _ = kernel_work(wide, tiles, H200)
+    gate = 2 * 8 * 2048 * 512
+    assert (found.template, plain.template) == ("sums of parts", "sums of parts")
+    assert plain.bytes - found.bytes == 3 * gate
+    assert parts.bytes > 2 * gate
+
+
 def test_prepared_chunks_are_made_once_for_all_v_tiles() -> None:
     wide = make_problem((8, 2048, 4, 128, 256))
     config = ForwardConfig(
