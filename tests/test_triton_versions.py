@@ -99,7 +99,8 @@ def test_kernels_compile(triton: Path, tmp_path: Path) -> None:
     assert found["toolchain"] == {"triton": triton.name, "ptxas": PINNED_PTXAS}
     failed = {name: facts for name, facts in found["kernels"].items() if isinstance(facts, str)}
     assert failed == {}
-    assert len(found["kernels"]) == 10
+    # Three of the forward pass; of the backward pass those of the dense gate, and three around.
+    assert len(found["kernels"]) == 2 * (3 + 3 + 3)
     for registers, _, shared in found["kernels"].values():
         assert 16 <= registers <= 255
         assert shared <= 101376
