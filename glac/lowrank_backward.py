@@ -33,12 +33,20 @@ def _config(problem: Problem, template: str) -> GateKernelConfig:
     return config
 
 
+def _channels(problem: Problem) -> int:
+    """Of all heads of the gate."""
+    return problem.state_heads * problem.spec.K
+
+
+def _tiles(problem: Problem, template: str) -> int:
+    """Tiles of channels of ``gla_gate`` or ``gla_gate_bwd``."""
+    return math.ceil(_channels(problem) / _config(problem, template).block_n)
+
+
 def tokens_per_program(problem: Problem) -> int:
     """Of ``gla_gate_bwd``: the more, the fewer parts are left, as long as programs fill a GPU."""
     length = MOST_TOKENS
-    tiles = math.ceil(
-        problem.state_heads * problem.spec.K / _config(problem, "gla_gate_bwd").block_n
-    )
+    tiles = _tiles(problem, "gla_gate_bwd")
     while length > FEWEST_TOKENS and tiles * _blocks(problem, length) < PROGRAMS:
         length //= 2
     return length
@@ -50,15 +58,13 @@ def _blocks(problem: Problem, length: int) -> int:
 
 def parts_of(problem: Problem) -> tuple[int, int]:
     """How many parts ``gla_gate_bwd`` leaves: of dx, and of dweight and dbias."""
-    channels = problem.state_heads * problem.spec.K
-    tiles = math.ceil(channels / _config(problem, "gla_gate_bwd").block_n)
-    return tiles, _blocks(problem, tokens_per_program(problem))
+    return _tiles(problem, "gla_gate_bwd"), _blocks(problem, tokens_per_program(problem))
 
 
 def parts_bytes(problem: Problem) -> int:
     """Bytes of all parts."""
     in_x, in_w = parts_of(problem)
-    rank, channels = problem.spec.rank, problem.state_heads * problem.spec.K
+    rank, channels = problem.spec.rank, _channels(problem)
     numbers = in_x * problem.B * problem.T * rank + in_w * channels * (rank + 1)
     return numbers * DType.FP32.itemsize
 
@@ -78,16 +84,14 @@ def gate_bytes(problem: Problem) -> int:
 
 def written_programs(problem: Problem) -> int:
     """Programs of ``gla_gate``."""
-    config = _config(problem, "gla_gate")
-    blocks = problem.B * math.ceil(problem.T / config.chunk)
-    return math.ceil(problem.state_heads * problem.spec.K / config.block_n) * blocks
+    return _tiles(problem, "gla_gate") * _blocks(problem, _config(problem, "gla_gate").chunk)
 
 
 def sums_programs(problem: Problem) -> int:
     """Programs of ``gla_gate_sums``."""
     config = gate_kernels(problem.spec)["gla_gate_sums"]
     assert isinstance(config, SumsKernelConfig)
-    rank, channels = problem.spec.rank, problem.state_heads * problem.spec.K
+    rank, channels = problem.spec.rank, _channels(problem)
     sizes = (problem.B * problem.T * rank, channels * rank, channels)
     return sum(math.ceil(size / config.block) for size in sizes)
 
