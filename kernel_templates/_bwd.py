@@ -21,11 +21,10 @@ def lowrank_logits_t(b_w, b_x, b_bias_log2, PRECISION: tl.constexpr):
 
 @triton.jit
 def logsigmoid_gate(y, inv_normalizer, clamp_log2, BF16: tl.constexpr):
-    """Gate in log2 units and its derivative by the natural logit: 0 where the clamp holds."""
+    """Gate in log2 units from logits in log2 units."""
     u = tl.exp2(-tl.abs(y))
     free = (tl.minimum(y, 0.0) - log2_1p(u, BF16)) * inv_normalizer
-    slope = tl.where(y >= 0, u, 1.0) / (1.0 + u) * inv_normalizer
-    return tl.maximum(free, clamp_log2), tl.where(free >= clamp_log2, slope, 0.0)
+    return tl.maximum(free, clamp_log2)
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def load_step(
     b_v = load_rows(s_v, t, v0, row_v, o_v, m_t[:, None] & m_v[None, :], BT, TMA)
     if LOWRANK:
         b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
-        b_g, _slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
+        b_g = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
         b_g = tl.where(m_t[None, :], b_g, 0.0)  # tokens outside must not decay
     return b_k, b_v, b_g
 

@@ -226,7 +226,7 @@ def gla_states(
             tl.store(starts + (t // seg_len).to(tl.int64) * (K * V) + p_state, b_s, mask=m_state)
         if LOWRANK:
             b_y = lowrank_logits_t(b_w, b_x, b_bias, PRECISION)
-            b_gt, _slope = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
+            b_gt = logsigmoid_gate(b_y, inv_normalizer, clamp_log2, BF16)
             b_gt = tl.where(m_t[None, :], b_gt, 0.0)  # tokens outside must not decay
         else:
             b_gt = clamped(tl.trans(b_g))
